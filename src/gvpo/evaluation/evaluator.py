@@ -1,0 +1,45 @@
+"""Held-out prompts, answered greedily and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from gvpo.groups import Completion, Group
+from gvpo.rewards.fill import fill_rewards
+from gvpo.rewards.resolve import RewardFunction
+from gvpo.sampling.sampler import Sampler, SamplingParams
+from gvpo.sources.dataset import Row
+from gvpo.sources.policy import PolicySource
+
+
+def answer_greedily(rows: Sequence[Row], sampler: Sampler, tokenizer: Any | None, max_new_tokens: int) -> list[Group]:
+    """One greedy completion for every prompt, as groups of one, in order."""
+    source = PolicySource(sampler, tokenizer, 1, SamplingParams(max_new_tokens, temperature=0.0))
+    return source.fill(rows, [0] * len(rows))
+
+
+def score_answers(
+    groups: Sequence[Group],
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float] | None,
+    *,
+    trainer_state: Any = None,
+) -> None:
+    """Set the answers' rewards, in place."""
+    fill_rewards(groups, [False] * len(groups), functions, weights, trainer_state=trainer_state)
+
+
+def evaluation_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean reward, mean of every function, lengths, shares: plain means over the answers that have the quantity."""
+    answers: list[Completion] = [completion for group in groups for completion in group.completions]
+    rewards = [answer.reward for answer in answers if answer.reward is not None]
+    row = {"eval/reward": fmean(rewards)} if rewards else {}
+    for name in sorted({name for answer in answers for name in answer.meta.get("rewards", {})}):
+        values = [answer.meta["rewards"][name] for answer in answers if name in answer.meta["rewards"]]
+        row[f"eval/rewards/{name}/mean"] = fmean(values)
+    row["eval/unscored"] = len(answers) - len(rewards)
+    row["eval/completions/mean_length"] = fmean(len(answer.token_ids or []) for answer in answers)
+    row["eval/completions/truncated"] = fmean(answer.truncated for answer in answers)
+    return row

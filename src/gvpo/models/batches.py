@@ -1,0 +1,188 @@
+"""Which sequences go through the model together: batches of token positions within a budget.
+
+A batch never decides what a gradient is. Groups are kept whole where they fit; where one does not, its members are
+spread over several batches, and the caller scores before it back-propagates (training/update.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gvpo.errors import UserError
+from gvpo.models.encoding import EncodedGroup
+
+Member = tuple[int, int]
+"""(group, member): which completion of which group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a batch: a prompt, then one completion, or all the row's completions packed behind it."""
+
+    group: int
+    members: list[int]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows scored in one forward. whole: every group in it is complete here, so that its loss can be taken here."""
+
+    rows: list[Row]
+    whole: bool
+
+    @property
+    def positions(self) -> int:
+        """Token positions of the forward, padding included."""
+        return len(self.rows) * max(row.length for row in self.rows)
+
+    @property
+    def members(self) -> list[Member]:
+        """The members scored here, in the order of the scores."""
+        return [(row.group, member) for row in self.rows for member in row.members]
+
+
+def plan_batches(groups: Sequence[EncodedGroup], token_budget: int | None, share_prefix: bool) -> list[Batch]:
+    """Batches that hold every member once, none with more than token_budget positions (None: one batch).
+
+    share_prefix: a row is a group, its prompt once; otherwise a row is one prompt with one completion.
+    Raises UserError if one prompt with one completion exceeds the budget.
+    """
+    if token_budget is None:
+        rows = [row for index, group in enumerate(groups) for row in _rows(index, group, None, share_prefix)]
+        return [Batch(rows, whole=True)] if rows else []
+    batches: list[Batch] = []
+    open_rows: list[Row] = []
+    for index in _longest_first(groups):
+        rows = _rows(index, groups[index], token_budget, share_prefix)
+        if _fits([*open_rows, *rows], token_budget):
+            open_rows += rows
+            continue
+        if open_rows:
+            batches.append(Batch(open_rows, whole=True))
+        open_rows = rows
+        if not _fits(rows, token_budget):
+            batches += [Batch(part, whole=False) for part in _split(rows, token_budget)]
+            open_rows = []
+    return [*batches, Batch(open_rows, whole=True)] if open_rows else batches
+
+
+def _longest_first(groups: Sequence[EncodedGroup]) -> list[int]:
+    def longest(index: int) -> int:
+        return max(groups[index].length(member) for member in range(len(groups[index].completion_ids)))
+
+    return sorted(range(len(groups)), key=longest, reverse=True)
+
+
+def _rows(index: int, group: EncodedGroup, token_budget: int | None, share_prefix: bool) -> list[Row]:
+    lengths = [group.length(member) for member in range(len(group.completion_ids))]
+    if token_budget is not None and max(lengths) > token_budget:
+        raise UserError(
+            f"group {index}, member {lengths.index(max(lengths))}: prompt and completion are {max(lengths)} tokens, "
+            f"more than token_budget={token_budget}; raise token_budget, or leave it None"
+        )
+    if not share_prefix:
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        return [Row(index, [member], lengths[member]) for member in order]
+    prompt = len(group.prompt_ids)
+    rows: list[Row] = []
+    members, length = [], prompt
+    for member, own in enumerate(lengths):
+        if members and token_budget is not None and length + own - prompt > token_budget:
+            rows.append(Row(index, members, length))
+            members, length = [], prompt
+        members.append(member)
+        length += own - prompt
+    return [*rows, Row(index, members, length)]
+
+
+def _fits(rows: list[Row], token_budget: int) -> bool:
+    return len(rows) * max(row.length for row in rows) <= token_budget
+
+
+def _split(rows: list[Row], token_budget: int) -> list[list[Row]]:
+    parts: list[list[Row]] = [[]]
+    for row in rows:
+        if parts[-1] and not _fits([*parts[-1], row], token_budget):
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A batch as tensors: B rows of L positions, M scored tokens of N members.
+
+    input_ids_BL, position_ids_BL; mask_BL: the 4-D mask (B, 1, L, L), True = seen, only where rows hold several
+    completions; sources_M: flat position (row * L + column) of the hidden state that predicts the token;
+    targets_M: the token; members_M: which of the batch's N members it belongs to.
+    """
+
+    input_ids_BL: Tensor
+    position_ids_BL: Tensor
+    mask_BL: Tensor | None
+    sources_M: Tensor
+    targets_M: Tensor
+    members_M: Tensor
+
+
+def build_inputs(groups: Sequence[EncodedGroup], batch: Batch, device: torch.device) -> Inputs:
+    """The tensors of a batch. Padding stands on the right, where no causal model sees it from a real token."""
+    packed = [_pack(groups[row.group], row.members) for row in batch.rows]
+    width = max(len(row.ids) for row in packed)
+    shape = (len(packed), width)
+    ids, positions = torch.zeros(shape, dtype=torch.long), torch.arange(width).repeat(len(packed), 1)
+    sources, targets, members, offset = [], [], [], 0
+    for number, row in enumerate(packed):
+        ids[number, : len(row.ids)] = torch.tensor(row.ids)
+        positions[number, : len(row.ids)] = torch.tensor(row.positions)
+        sources += [number * width + source for source in row.sources]
+        targets += row.targets
+        members += [offset + member for member in row.members]
+        offset += len(batch.rows[number].members)
+    shared = any(len(row.members) > 1 for row in batch.rows)
+    mask = _prefix_mask([row.segments for row in packed], width) if shared else None
+    move = (ids, positions, mask, torch.tensor(sources), torch.tensor(targets), torch.tensor(members))
+    return Inputs(*(None if tensor is None else tensor.to(device) for tensor in move))  # pyright: ignore
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedRow:
+    ids: list[int]
+    positions: list[int]
+    segments: list[int]
+    sources: list[int]
+    targets: list[int]
+    members: list[int]
+
+
+def _pack(group: EncodedGroup, members: Sequence[int]) -> _PackedRow:
+    prompt = len(group.prompt_ids)
+    row = _PackedRow(list(group.prompt_ids), list(range(prompt)), [0] * prompt, [], [], [])
+    for number, member in enumerate(members):
+        completion, scored = group.completion_ids[member], group.scored[member]
+        start = len(row.ids)
+        for place, token in enumerate(completion):
+            if scored is None or scored[place]:
+                row.sources.append(prompt - 1 if place == 0 else start + place - 1)
+                row.targets.append(token)
+                row.members.append(number)
+        # The last token is predicted, never read.
+        row.ids.extend(completion[:-1])
+        row.positions.extend(range(prompt, prompt + len(completion) - 1))
+        row.segments.extend([number + 1] * (len(completion) - 1))
+    return row
+
+
+def _prefix_mask(segments: list[list[int]], width: int) -> Tensor:
+    """(B, 1, L, L), True where a query sees a key: causal, and the key is prompt (segment 0) or of the same completion."""
+    segment_BL = torch.full((len(segments), width), -1)
+    for number, row in enumerate(segments):
+        segment_BL[number, : len(row)] = torch.tensor(row)
+    query, key = segment_BL[:, :, None], segment_BL[:, None, :]
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    return (((query == key) | (key == 0)) & causal)[:, None]

@@ -1,0 +1,33 @@
+"""Train and evaluation mode, restored exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every submodule's own flag is back afterwards, whatever happens."""
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training:
+            module.training = training
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate in the model to 0: dropout modules, and the rates that attention layers keep themselves.
+
+    Train mode stays, so that gradient checkpointing and the like go on working. The config is not touched.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,147 @@
+"""From what a config or a caller writes to reward functions: `module:function`, a ready-made name, or a callable."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from gvpo.errors import UserError
+from gvpo.rewards.ready import READY
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A reward function, sync or async, and the name that metrics, tables and errors call it by."""
+
+    name: str
+    function: Callable[..., Any]
+
+
+def resolve_rewards(spec: str | Callable[..., Any] | Sequence[str | Callable[..., Any]]) -> list[RewardFunction]:
+    """Find the reward functions that `spec` names, in its order.
+
+    Args:
+        spec: one entry or a sequence of them. An entry is a callable, `module:function` (imported with the working
+            directory on the path), or the name of a ready-made reward (`gvpo.rewards.READY`).
+
+    Returns:
+        One `RewardFunction` an entry. A name is the function's own; of two alike, the later one gets `_2`, `_3`, ...
+
+    Raises:
+        UserError: an unknown name, a module that is not found or fails on import, a missing function, or an entry
+            that cannot be called.
+    """
+    entries = [spec] if isinstance(spec, str) or callable(spec) else spec
+    if not isinstance(entries, Sequence):
+        raise UserError(f"reward_funcs is {spec!r}: give a function, 'module:function', or a list of these")
+    functions = [_find(entry) if isinstance(entry, str) else entry for entry in entries]
+    for position, function in enumerate(functions):
+        if not callable(function):
+            raise UserError(
+                f"reward_funcs: entry {position} (counted from 0) is {shortened(repr(function))}, which cannot be "
+                "called: give a function or 'module:function'"
+            )
+    return [RewardFunction(*pair) for pair in zip(_unique_names(functions), functions, strict=True)]
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """`text` on one line, white space collapsed, cut to at most `limit` characters with `...` at the cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def error_line(error: BaseException) -> str:
+    """An exception on one line: type, text (cut at 300 characters) and the file and line of its innermost frame."""
+    text = shortened(str(error), 300)
+    return f"{type(error).__name__}{': ' * bool(text)}{text} ({_place(error)})"
+
+
+def nearest(name: str, valid: Collection[str]) -> str:
+    """The hint that ends a message about an unknown name: the nearest valid one, else all of them (at most ten)."""
+    if close := difflib.get_close_matches(name, valid, n=1, cutoff=0.7):
+        return f"did you mean {close[0]!r}?"
+    return f"there is {', '.join(map(repr, sorted(valid)[:10])) or 'none'}"
+
+
+def _find(entry: str) -> Callable[..., Any]:
+    if ":" not in entry:
+        if entry in READY:
+            return READY[entry]
+        raise UserError(
+            f"reward_funcs: no ready-made reward is named {entry!r}; {nearest(entry, READY)} "
+            "(a function of your own is written 'module:function')"
+        )
+    module_name, _, function_name = entry.partition(":")
+    if ":" in function_name:
+        raise UserError(f"reward_funcs: {entry!r} has more than one colon: write 'module:function'")
+    if not function_name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(
+            f"reward_funcs: {entry!r} is not of the form 'module:function': the module is written as in an import, "
+            "with dots, without folders' slashes and without '.py'"
+        )
+    module = _import(module_name, entry)
+    if not hasattr(module, function_name):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UserError(
+            f"reward_funcs: {entry!r}: module {module_name!r} ({getattr(module, '__file__', 'built in')}) has no "
+            f"{function_name!r}; {nearest(function_name, names)}"
+        )
+    function = getattr(module, function_name)
+    if not callable(function):
+        raise UserError(
+            f"reward_funcs: {entry!r} is a {type(function).__name__}, which cannot be called: name a function"
+        )
+    return function
+
+
+def _import(module_name: str, entry: str) -> ModuleType:
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:
+        # It stays there, as with `python -m`: a reward function may import its neighbours when it is called.
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            hint = f"; write {module_name[:-3]!r} without '.py'" if module_name.endswith(".py") else ""
+            raise UserError(
+                f"reward_funcs: {entry!r}: there is no module {error.name!r} in the working directory {folder} or on "
+                f"the Python path{hint}"
+            ) from error
+        raise UserError(
+            f"reward_funcs: {entry!r}: importing {module_name!r} raised {error_line(error)}: mend the module"
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{frame.f_code.co_filename}:{line}"
+
+
+def _unique_names(functions: Sequence[Callable[..., Any]]) -> list[str]:
+    own = [_own_name(function) for function in functions]
+    names: list[str] = []
+    for name in own:
+        candidate, number = name, 1
+        while candidate in names or (number > 1 and candidate in own):
+            number += 1
+            candidate = f"{name}_{number}"
+        names.append(candidate)
+    return names
+
+
+def _own_name(function: Callable[..., Any]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,203 @@
+"""What a run is: every knob, its default, its bounds, and the combinations that cannot be."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gvpo.errors import UserError
+
+Schedule = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
+]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class GVPOConfig(BaseModel):
+    """Settings of a training run, under the Hugging Face and TRL names wherever the concept is the same.
+
+    Unknown names, values out of range and impossible combinations raise UserError, one line, at construction.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # The objective
+    beta: float = Field(0.1, gt=0, description="Weight of the KL term: the optimum is pi_ref * exp(R / beta).")
+    objective: Literal["gvpo"] = Field("gvpo", description="What is minimised.")
+    reference: str | PositiveInt | None = Field(
+        None,
+        description="Policy the KL is taken against: 'rollout' (the policy that drew the groups), 'initial', an integer n "
+        "(renewed every n rollouts), or a model path. Default: 'rollout' when sampling, 'initial' when all data is offline.",
+    )
+    allow_unanchored: bool = Field(
+        False, description="Accept a moving reference on offline-only data, where nothing holds the policy back."
+    )
+
+    # Rollouts
+    num_generations: int = Field(8, ge=2, description="Completions drawn per prompt: k.")
+    max_completion_length: PositiveInt = Field(256, description="Most new tokens in a sampled completion.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probs are always taken at 1.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 the uniqueness of the optimum is lost.")
+    top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 = all. As top_p.")
+    groups_per_update: PositiveInt = Field(8, description="Whole groups in one update, over all processes.")
+    updates_per_rollout: PositiveInt = Field(
+        2, description="Updates that share one rollout of groups_per_update * updates_per_rollout prompts."
+    )
+    epochs_per_rollout: PositiveInt = Field(1, description="Passes over each rollout's groups.")
+
+    # The optimizer
+    learning_rate: float = Field(1e-5, ge=0, description="Peak learning rate of AdamW.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, on weight matrices.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm; 0 = off.")
+    lr_scheduler_type: Schedule = Field("linear", description="Learning-rate schedule, as in transformers.")
+    warmup_steps: int = Field(0, ge=0, description="Updates over which the learning rate rises from 0.")
+    max_steps: PositiveInt | None = Field(None, description="Updates in all. Default: num_train_epochs over the data.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the dataset where max_steps is not given.")
+
+    # Scoring
+    token_budget: PositiveInt | None = Field(
+        2048, description="Most token positions in one forward of an update: bounds memory, never changes the gradient."
+    )
+    share_prefix: bool = Field(True, description="Compute each prompt once per group, where the model allows it.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory.")
+    bf16: bool = Field(False, description="bfloat16 autocast over float32 weights.")
+    disable_dropout: bool = Field(True, description="Set every dropout rate to 0; the score must be a function.")
+
+    # Data
+    prompt_column: str = Field("prompt", min_length=1, description="Dataset column that holds the prompt.")
+    shuffle_dataset: bool = Field(True, description="Shuffle the prompts anew in every epoch.")
+    reward_weights: list[float] | None = Field(None, description="One weight per reward function. Default: all 1.")
+    seed: int = Field(42, ge=0, description="Seeds the order of the data and every draw.")
+
+    # Logging, evaluation, saving
+    output_dir: str | None = Field(None, description="Run folder. Default from Python: none, nothing is written.")
+    run_name: str | None = Field(None, description="Name of the run for trackers.")
+    logging_steps: PositiveInt = Field(1, description="Updates between two lines in the terminal and the trackers.")
+    num_completions_to_print: int = Field(
+        0, ge=0, description="Completions shown in the terminal at every logging step; all are kept in the run folder."
+    )
+    disable_tqdm: bool = Field(False, description="No progress display in the terminal.")
+    report_to: str | list[str] = Field(
+        "none", description="Trackers, through accelerate: none, tensorboard, wandb, trackio, ..."
+    )
+    eval_steps: PositiveInt | None = Field(None, description="Updates between two evaluations. Default: at the end only.")
+    eval_on_start: bool = Field(False, description="Evaluate before the first update too.")
+    save_steps: PositiveInt | None = Field(None, description="Updates between two checkpoints. Default: none.")
+    save_total_limit: PositiveInt | None = Field(None, description="Checkpoints to keep, the newest. Default: all.")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(_explain(error, type(self))) from error
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _check_reference(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        if isinstance(value, str) and value.strip():
+            return value
+        raise ValueError("must be 'rollout', 'initial', an integer from 1 (renewed every n rollouts), or a model path")
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> GVPOConfig:
+        budget, longest = self.token_budget, self.max_completion_length
+        if budget is not None and budget <= longest:
+            raise ValueError(
+                f"token_budget={budget} cannot hold a prompt and a completion of max_completion_length={longest}; "
+                "raise token_budget or lower max_completion_length"
+            )
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}")
+        return self
+
+    @property
+    def groups_per_rollout(self) -> int:
+        """Prompts of one rollout."""
+        return self.groups_per_update * self.updates_per_rollout
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in report_to, "none" left out."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in names if name != "none"]
+
+
+class RunConfig(GVPOConfig):
+    """A config file: GVPOConfig plus what a trainer is given as objects from Python."""
+
+    model: str = Field("smollm2-135m", description="Hub id, folder, .gguf file, or smollm2-135m (embedded).")
+    train_dataset: str | None = Field(None, description="Prompts: a .jsonl or .parquet file, or a hub dataset.")
+    eval_dataset: str | None = Field(None, description="Held-out prompts, answered greedily.")
+    reward_funcs: str | list[str] | None = Field(None, description="module:function, or a ready-made reward's name.")
+    output_dir: str | None = Field("runs/train", description="Run folder.")
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """The names and values of a YAML config file, not yet checked.
+
+    Raises UserError if the file is missing, is not YAML, or is not a flat mapping.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"config {str(path)!r}: no such file")
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"config {str(path)!r}{line}: not YAML: {getattr(error, 'problem', error)}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"config {str(path)!r}: must be a mapping of names to values, one a line")
+    return values
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line, read as in a config file: 1e-6 is a number, null is None, [a, b] a list."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def dump_config(config: GVPOConfig) -> str:
+    """The config as YAML that load_config reads back."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as a string; YAML 1.2 and everybody's intention read a number."""
+
+
+def _float_resolver() -> None:
+    import re
+
+    number = re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$")
+    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+
+
+_float_resolver()
+
+
+def _explain(error: ValidationError, config: type[BaseModel]) -> str:
+    """The first mistake in one line, with the nearest valid name for an unknown one."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"][:1])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, config.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "gvpo train --help lists them"
+        return f"config, field {name!r}: unknown; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return f"config: {message}"
+    return f"config, field {name!r}: {message[:1].lower()}{message[1:]}, got {first['input']!r:.100}"

@@ -1,0 +1,110 @@
+"""What an update is described by: pure functions from its members to one flat row of numbers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+import torch
+
+from gvpo.groups import Group
+from gvpo.objective import gvpo_components
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One completion as the metrics see it. group: its number in the run; logps in nats; tokens: of the completion."""
+
+    group: int
+    reward: float
+    logp: float
+    ref_logp: float
+    tokens: int
+    truncated: bool
+    source: str
+    by_function: dict[str, float]
+
+
+def members_of(groups: Sequence[Group], numbers: Sequence[int], logps: Sequence[float], refs: Sequence[float]) -> list[Member]:
+    """The members of these groups; numbers: one a group; logps, refs: one a member, end to end."""
+    members, place = [], 0
+    for group, number in zip(groups, numbers, strict=True):
+        for one in group.completions:
+            tokens = len(one.token_ids) if one.token_ids is not None else 0
+            rewards = one.meta.get("rewards", {})
+            assert one.reward is not None
+            members.append(
+                Member(number, one.reward, logps[place], refs[place], tokens, one.truncated, one.source, rewards)
+            )
+            place += 1
+    return members
+
+
+def update_metrics(members: Sequence[Member], beta: float, dropped: int = 0) -> dict[str, float]:
+    """One update's row: rewards, the objective's terms, log-ratios, completions.
+
+    members: those that are trained on, in groups of two and more; dropped: how many others there were.
+    Means over members are plain; a quantity that no member has is left out. log_ratio: log pi/pi_ref, nats.
+    r2: share of the centred rewards' variance that the centred implicit rewards explain (1 at the optimum).
+    """
+    row: dict[str, float] = {"members/dropped": float(dropped)}
+    if not members:
+        return row
+    row |= _reward_metrics(members) | _objective_metrics(members, beta)
+    lengths = [member.tokens for member in members]
+    row["completions/mean_length"] = fmean(lengths)
+    row["completions/max_length"] = max(lengths)
+    row["completions/truncated"] = fmean(member.truncated for member in members)
+    for source in sorted({member.source for member in members}):
+        row[f"source/{source}"] = fmean(member.source == source for member in members)
+    return row
+
+
+def by_group(members: Iterable[Member]) -> list[list[Member]]:
+    """The members of each group, in order of first appearance."""
+    groups: dict[int, list[Member]] = defaultdict(list)
+    for member in members:
+        groups[member.group].append(member)
+    return list(groups.values())
+
+
+def _reward_metrics(members: Sequence[Member]) -> dict[str, float]:
+    rewards = [[member.reward for member in group] for group in by_group(members)]
+    row = {
+        "reward": fmean(value for group in rewards for value in group),
+        "reward_std": fmean(pstdev(group) for group in rewards),
+        "frac_reward_zero_std": fmean(max(group) == min(group) for group in rewards),
+        "groups": float(len(rewards)),
+    }
+    for name in sorted({name for member in members for name in member.by_function}):
+        values = [member.by_function[name] for member in members if name in member.by_function]
+        row[f"rewards/{name}/mean"] = fmean(values)
+    return row
+
+
+def _objective_metrics(members: Sequence[Member], beta: float) -> dict[str, float]:
+    logps, refs, rewards = (
+        torch.tensor([getattr(member, name) for member in members], dtype=torch.float64)
+        for name in ("logp", "ref_logp", "reward")
+    )
+    ids = torch.tensor([member.group for member in members])
+    row = {name: float(value) for name, value in gvpo_components(logps, refs, rewards, ids, beta=beta).items()}
+    ratios = [member.logp - member.ref_logp for member in members]
+    row["log_ratio/mean"], row["log_ratio/std"] = fmean(ratios), pstdev(ratios)
+    row["log_ratio/max"] = max(abs(ratio) for ratio in ratios)
+    explained = _explained(by_group(members), beta)
+    return row if explained is None else row | {"r2": explained}
+
+
+def _explained(groups: Sequence[Sequence[Member]], beta: float) -> float | None:
+    residual = total = 0.0
+    for group in groups:
+        rewards = [member.reward for member in group]
+        implicit = [beta * (member.logp - member.ref_logp) for member in group]
+        mean_reward, mean_implicit = fmean(rewards), fmean(implicit)
+        total += sum((reward - mean_reward) ** 2 for reward in rewards)
+        residual += sum(
+            (value - mean_implicit - reward + mean_reward) ** 2 for value, reward in zip(implicit, rewards, strict=True)
+        )
+    return 1 - residual / total if total > 0 else None
