@@ -99,9 +99,6 @@ def table(path: Path, **columns: Any) -> Path:
 GOOD = '{"prompt": "p", "completions": ["a", "b"]}'
 
 
-# Round trips
-
-
 @pytest.mark.parametrize("extension", FORMATS)
 @given(written=st.lists(groups(), min_size=1, max_size=3))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -154,14 +151,20 @@ def test_parquet_schema_is_fixed_and_typed(tmp_path: Path) -> None:
     assert row["completions"] == [nulls | {"text": "a", "source": "policy", "truncated": False}]
 
 
-# Streaming
-
-
 @pytest.mark.parametrize("extension", [".jsonl", ".JSONL"])
 def test_reading_is_lazy(tmp_path: Path, extension: str) -> None:
     reader = read_groups(save(tmp_path / f"groups{extension}", GOOD, "broken", GOOD))
     assert next(reader).completions[0].text == "a"
     assert "line 2" in message(lambda: next(reader))
+
+
+def test_json_lines_are_read_from_the_file_as_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl"
+    write_groups([pair("a"), pair("b")], path)
+    reader = read_groups(path)
+    assert next(reader).id == "a"
+    append_groups([pair("c")], path)
+    assert [group.id for group in reader] == ["b", "c"]
 
 
 def test_reading_parquet_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,11 +206,8 @@ def test_parquet_is_written_in_row_groups_as_the_groups_come(
     path = tmp_path / "groups.parquet"
     assert write_groups(source(), path) == n
     metadata = pq.ParquetFile(path).metadata
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == {
-        1: [1],
-        2: [2],
-        5: [2, 2, 1],
-    }[n]
+    rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert rows == {1: [1], 2: [2], 5: [2, 2, 1]}[n]
     # hex digits carry half a byte each, so a row group of 2 x 2^17 of them takes at least 2^17 bytes however packed
     assert all(size >= (i // 2) * 2**17 for i, size in enumerate(sizes))
     assert [group.id for group in read_groups(path)] == [str(i) for i in range(n)]
@@ -219,9 +219,6 @@ def test_a_file_can_be_rewritten_from_itself(tmp_path: Path, extension: str) -> 
     write_groups([pair("a"), pair("b"), pair("c")], path)
     assert write_groups((group for group in read_groups(path) if group.id != "b"), path) == 2
     assert [group.id for group in read_groups(path)] == ["a", "c"]
-
-
-# Writing
 
 
 @pytest.mark.parametrize("extension", FORMATS)
@@ -318,9 +315,6 @@ def test_names_the_group_that_cannot_be_written(tmp_path: Path, write: Callable[
     assert message(lambda: write(["text"], path)).startswith(f"{path}, group 1: expected a Group, got 'text' (str)")
 
 
-# Reading
-
-
 @pytest.mark.parametrize(
     "use", [read_groups, lambda path: write_groups([], path), lambda path: append_groups([], path)]
 )
@@ -372,11 +366,17 @@ def test_numbered_rows_are_the_rows_as_they_stand(tmp_path: Path) -> None:
     assert second == (f"{columns}, row 2", {"question": None, "answer": 2})
 
 
+PAIR = '{"prompt": "p", "completions": ["a", "b"], "rewards": '
+MEMBERS = '{"prompt": "p", "completions": [{"text": "a"}, {"text": "b", '
+NOT_FINITE = "is non-finite; give a finite number or null (None)"
 WRONG = [
-    (
-        '{"prompt": "p", "completions": ["a", "b", "c"], "rewards": [1, 2]}',
-        ", field 'rewards': 2 rewards for 3 completions; give one number or null per completion",
-    ),
+    (PAIR + "[1]}", ", field 'rewards': 1 reward for 2 completions; give one number or null per completion"),
+    (PAIR + '[0, "1"]}', ", field 'rewards[1]': expected a number, got '1' (str); give a finite number or null (None)"),
+    (PAIR + "[NaN, 0]}", f", field 'rewards[0]': nan {NOT_FINITE}"),
+    (MEMBERS + '"reward": -Infinity}]}', f", field 'completions[1].reward': -inf {NOT_FINITE}"),
+    (MEMBERS + '"reward": 1e999}]}', f", field 'completions[1].reward': inf {NOT_FINITE}"),
+    (MEMBERS + '"sorce": "x"}]}', ", field 'completions[1].sorce': unknown; the nearest valid name is 'source'"),
+    (MEMBERS + '"meta": "{}"}]}', ", field 'completions[1].meta': expected an object with string keys, got '{}' (str)"),
     ('{"completions": ["a"]}', ", field 'prompt': missing; give a string, a list of chat messages, or 'prompt_ids'"),
     ('{"prompt": "p"}', ", field 'completions': missing; give a list of strings or of objects"),
     ('{"prompt": "p", "completions": {}}', ", field 'completions': expected a list of strings or of objects, got dict"),
@@ -386,30 +386,6 @@ WRONG = [
     ),
     ('["p"]', ": expected an object with 'prompt' and 'completions', got list"),
     ("null", ": expected an object with 'prompt' and 'completions', got None"),
-    (
-        '{"prompt": "p", "completions": ["a", "b"], "rewards": [0, "1"]}',
-        ", field 'rewards[1]': expected a number, got '1' (str); give a finite number or null (None)",
-    ),
-    (
-        '{"prompt": "p", "completions": ["a", "b"], "rewards": [NaN, 0]}',
-        ", field 'rewards[0]': nan is non-finite; give a finite number or null (None)",
-    ),
-    (
-        '{"prompt": "p", "completions": [{"text": "a"}, {"text": "b", "reward": -Infinity}]}',
-        ", field 'completions[1].reward': -inf is non-finite; give a finite number or null (None)",
-    ),
-    (
-        '{"prompt": "p", "completions": [{"text": "a", "reward": 1e999}]}',
-        ", field 'completions[0].reward': inf is non-",
-    ),
-    (
-        '{"prompt": "p", "completions": [{"text": "a", "sorce": "x"}]}',
-        ", field 'completions[0].sorce': unknown; the nearest valid name is 'source'",
-    ),
-    (
-        '{"prompt": "p", "completions": [{"text": "a", "meta": "{}"}]}',
-        ", field 'completions[0].meta': expected an object with string keys, got '{}' (str)",
-    ),
     (
         '{"prompt": "p" "completions"}',
         ": not JSON (Expecting ',' delimiter at column 16); each line is one JSON object",
@@ -469,21 +445,11 @@ def test_refuses_what_is_no_parquet_file(tmp_path: Path, content: bytes) -> None
 
 def test_parquet_of_a_dataset(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}]
-    path = table(
-        tmp_path / "data.parquet",
-        prompt=[chat, chat],
-        completions=[["a", "b"], ["c"]],
-        rewards=[[1.0, None], None],
-        answer=["x", None],
-    )
-    assert list(read_groups(path)) == [
-        Group(
-            chat,
-            [Completion("a", reward=1.0, source="dataset"), Completion("b", source="dataset")],
-            columns={"answer": "x"},
-        ),
-        Group(chat, [Completion("c", source="dataset")], columns={"answer": None}),
-    ]
+    columns = {"prompt": [chat, chat], "completions": [["a", "b"], ["c"]], "rewards": [[1.0, None], None]}
+    path = table(tmp_path / "data.parquet", **columns, answer=["x", None])
+    a, b, c = (Completion(text, reward=r, source="dataset") for text, r in [("a", 1.0), ("b", None), ("c", None)])
+    expected = [Group(chat, [a, b], columns={"answer": "x"}), Group(chat, [c], columns={"answer": None})]
+    assert list(read_groups(path)) == expected
 
 
 def test_parquet_of_json_lines_that_another_tool_converted(tmp_path: Path) -> None:
@@ -494,35 +460,39 @@ def test_parquet_of_json_lines_that_another_tool_converted(tmp_path: Path) -> No
     ]
 
 
+def test_a_long_complaint_of_the_parquet_library_becomes_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise pa.ArrowInvalid("first\nsecond")
+
+    path = table(tmp_path / "data.parquet", prompt=["p"])
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    assert reading(path) == "data.parquet: not readable as Parquet (first); write the file again"
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
+        ({"completions": [["a"]] * 2, "rewards": [[1.0], [float("nan")]]}, f"field 'rewards[0]': nan {NOT_FINITE}"),
+        ({"completions": [["a"]] * 2, "prompt": ["p", None]}, "field 'prompt': missing; give a string, a list"),
+        ({"completions": [["a"], []]}, "field 'completions': an empty list; give"),
+        ({"completions": [["a"], None]}, "field 'completions': missing; give a list"),
         (
-            {"prompt": ["p"] * 2, "completions": [["a"], ["a"]], "rewards": [[1.0], [float("nan")]]},
-            "field 'rewards[0]': nan is non-finite; give a finite number or null (None)",
+            {"completions": [[{"text": "a"}], [{"text": "b"}, None]]},
+            "field 'completions[1]': expected the same kind as",
         ),
         (
-            {"prompt": ["p"] * 2, "completions": [["a"], ["a", "b"]], "rewards": [[1.0], [1.0]]},
-            "field 'rewards': 1 reward for 2 completions; give one number or null per completion",
-        ),
-        ({"prompt": ["p", None], "completions": [["a"], ["a"]]}, "field 'prompt': missing; give a string, a list"),
-        ({"prompt": ["p"] * 2, "completions": [["a"], []]}, "field 'completions': an empty list; give"),
-        ({"prompt": ["p"] * 2, "completions": [["a"], None]}, "field 'completions': missing; give a list"),
-        (
-            {"prompt": ["p"] * 2, "completions": [[{"text": "a"}]] * 2, "columns": ["{}", "{"]},
+            {"completions": [[{"text": "a"}]] * 2, "columns": ["{}", "{"]},
             "field 'columns': not JSON (Expecting property name enclosed in double quotes at column 2); it holds JSON",
         ),
         (
-            {"prompt": ["p"] * 2, "completions": [[{"text": "a", "meta": "{}"}], [{"text": "a", "meta": "no"}]]},
+            {"completions": [[{"text": "a", "meta": "{}"}], [{"text": "a", "meta": "no"}]]},
             "field 'completions[0].meta': not JSON (Expecting value at column 1); it holds JSON as text",
-        ),
-        (
-            {"prompt": ["p"] * 2, "completions": [[{"text": "a"}], [{"text": "b"}, None]]},
-            "field 'completions[1]': expected the same kind as completions[0], got None",
         ),
     ],
 )
 def test_names_the_parquet_row_and_field_that_is_wrong(tmp_path: Path, columns: dict[str, Any], expected: str) -> None:
-    path = table(tmp_path / "data.parquet", **columns)
+    path = table(tmp_path / "data.parquet", **{"prompt": ["p", "p"]} | columns)
     assert reading(path).startswith(f"data.parquet, row 2, {expected}")
     assert next(read_groups(path)).completions[0].text == "a"

@@ -194,16 +194,15 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(line: bytes) -> Any:
-    finished = line.endswith(b"\n")
     try:
         return _from_json(line.decode())
     except UnicodeDecodeError as error:
-        if finished or error.reason != "unexpected end of data":
+        if error.reason != "unexpected end of data":  # which no line with its line end can give
             byte = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
             raise UserError(f"not UTF-8 ({byte}); save the file as UTF-8") from error
         raise UserError(f"the last line breaks off within a character, {_LOOKS_TRUNCATED}") from error
     except UserError as error:
-        if finished:
+        if line.endswith(b"\n"):
             raise UserError(f"{error}; each line is one JSON object") from error
         raise UserError(f"{error}, and the last line has no line end, {_LOOKS_TRUNCATED}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +58,8 @@ def read_rows(data: Any, *, prompt_column: str = "prompt", name: str = "train_da
     elif isinstance(data, Iterable):
         source = ((f"{name}, row {number}", row) for number, row in enumerate(data, start=1))
     else:
-        raise UserError(f"{name}: expected a dataset, a list of rows or of Groups, or a path, got {type(data).__name__}")
+        kind = type(data).__name__
+        raise UserError(f"{name}: expected a dataset, a list of rows or of Groups, or a path, got {kind}")
     rows = [_row(row, where, prompt_column) for where, row in source]
     if not rows:
         raise UserError(f"{name}: no rows; give at least one prompt")
@@ -115,8 +115,11 @@ def _mapping_row(row: Mapping[str, Any], where: str, prompt_column: str) -> Row:
         raise FieldError("rewards", "given without 'completions'")
     # A stand-in completion has the prompt checked by Group's own rules.
     checked = Group(row.get(prompt_column), [Completion(text="")], prompt_ids=row.get("prompt_ids"))
-    columns = {key: value for key, value in row.items() if key not in ("prompt", "prompt_ids", "completions", "rewards")}
+    columns = {key: value for key, value in row.items() if key not in _ROW_KEYS}
     return Row(checked.prompt, checked.prompt_ids, columns, (), where)
+
+
+_ROW_KEYS = frozenset({"prompt", "prompt_ids", "completions", "rewards"})
 
 
 def _with_prompt(row: Mapping[str, Any], prompt_column: str) -> dict[str, Any]:
@@ -146,10 +149,3 @@ class PromptOrder:
             self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self.rows))
             self._epoch = epoch
         return self.rows[int(self._order[place])]
-
-
-def describe(prompt: str | list[dict] | None, limit: int = 80) -> str:
-    """A prompt in one short line, for messages and tables."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."

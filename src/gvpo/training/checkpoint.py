@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,21 @@ from gvpo.training.run_folder import new_folder
 
 FORMAT = 1
 
+_COUNTERS = ("update", "rollout", "position", "batch")
+
 
 @dataclass
 class Progress:
     """Where a run is. update, rollout: how many are done or begun; position: rows drawn so far; batch: updates already
-    made from `groups`, the current rollout's groups, all processes' in order."""
+    made from `groups`, the current rollout's groups, all processes' in order; reward_metrics: what its reward functions
+    logged."""
 
     update: int = 0
     rollout: int = 0
     position: int = 0
     batch: int = 0
     groups: list[Group] = field(default_factory=list)
+    reward_metrics: dict[str, float] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -53,15 +58,22 @@ def save_checkpoint(
     """Write a checkpoint folder, whole or not at all. Raises UserError on a full disk; older checkpoints stay."""
     parameters = _trainable(module)
     with new_folder(target) as folder:
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / "parameters.safetensors")
+        save_file(_on_cpu(parameters), folder / "parameters.safetensors")
         save_file(_optimizer_tensors(optimizer, parameters), folder / "optimizer.safetensors")
         save_file(_rng_tensors(), folder / "rng.safetensors")
         if snapshot := reference.state_dict():
-            save_file({name: value.cpu().contiguous() for name, value in snapshot.items()}, folder / "reference.safetensors")
+            save_file(_on_cpu(snapshot), folder / "reference.safetensors")
         if progress.groups:
             write_groups(progress.groups, folder / "groups.jsonl")
-        counters = {name: getattr(progress, name) for name in ("update", "rollout", "position", "batch")}
-        state = {"format": FORMAT, **counters, "scheduler": scheduler.state_dict(), "random": random.getstate()}
+        state = {
+            "format": FORMAT,
+            **{name: getattr(progress, name) for name in _COUNTERS},
+            "groups": len(progress.groups),
+            "reward_metrics": progress.reward_metrics,
+            "scheduler": scheduler.state_dict(),
+            "random": random.getstate(),
+            "numpy": _numpy_state(),
+        }
         (folder / "state.json").write_text(json.dumps(state))
 
 
@@ -76,23 +88,28 @@ def load_checkpoint(
 
     Raises UserError for a folder that is no checkpoint, is damaged, or is of another model.
     """
+    # Everything is read before anything is changed.
     state = _state(folder)
     parameters = _trainable(module)
-    saved = _tensors(folder / "parameters.safetensors")
+    saved, moments, rng = (_tensors(folder / f"{name}.safetensors") for name in ("parameters", "optimizer", "rng"))
+    snapshot_file = folder / "reference.safetensors"
+    snapshot = _tensors(snapshot_file) if snapshot_file.exists() else {}
+    groups = list(read_groups(folder / "groups.jsonl")) if state["groups"] else []
+    if len(groups) != state["groups"]:
+        raise UserError(f"checkpoint {str(folder)!r}: groups.jsonl is damaged; resume from an older one")
     if {name: p.shape for name, p in parameters.items()} != {name: value.shape for name, value in saved.items()}:
-        raise UserError(f"checkpoint {str(folder)!r}: its parameters are not those of this model; resume with its config")
+        raise UserError(f"checkpoint {str(folder)!r}: its parameters are not this model's; resume with its config")
+    reference.load_state_dict(snapshot)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    _load_optimizer(_tensors(folder / "optimizer.safetensors"), optimizer, parameters)
+    _load_optimizer(moments, optimizer, parameters)
     scheduler.load_state_dict(state["scheduler"])
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
-    if (folder / "reference.safetensors").exists():
-        reference.load_state_dict(_tensors(folder / "reference.safetensors"))
-    _set_rng(_tensors(folder / "rng.safetensors"), state["random"])
-    groups = list(read_groups(folder / "groups.jsonl")) if (folder / "groups.jsonl").exists() else []
-    return Progress(state["update"], state["rollout"], state["position"], state["batch"], groups)
+    _set_rng(rng, state["random"], state["numpy"])
+    counters = {name: state[name] for name in _COUNTERS}
+    return Progress(**counters, reward_metrics=state["reward_metrics"], groups=groups)
 
 
 def prune_checkpoints(checkpoints: list[Path], keep: int | None) -> None:
@@ -103,6 +120,10 @@ def prune_checkpoints(checkpoints: list[Path], keep: int | None) -> None:
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -125,16 +146,21 @@ def _load_optimizer(
 
 
 def _rng_tensors() -> dict[str, Tensor]:
-    states = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64))}  # pyright: ignore
-    states["numpy_place"] = torch.tensor(np.random.get_state()[2])  # pyright: ignore
+    states = {"torch": torch.get_rng_state()}
     for index in range(torch.cuda.device_count()):
         states[f"cuda/{index}"] = torch.cuda.get_rng_state(index)
     return states
 
 
-def _set_rng(states: dict[str, Tensor], python: list[Any]) -> None:
+def _numpy_state() -> dict[str, Any]:
+    state: dict[str, Any] = np.random.get_state(legacy=False)  # pyright: ignore[reportAssignmentType]
+    return state | {"state": {"key": state["state"]["key"].tolist(), "pos": state["state"]["pos"]}}
+
+
+def _set_rng(states: dict[str, Tensor], python: list[Any], numpy: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
-    np.random.set_state(("MT19937", states["numpy"].numpy().astype(np.uint32), int(states["numpy_place"])))
+    key = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy | {"state": {"key": key, "pos": numpy["state"]["pos"]}})
     for index in range(torch.cuda.device_count()):
         if f"cuda/{index}" in states:
             torch.cuda.set_rng_state(states[f"cuda/{index}"], index)
@@ -146,10 +172,10 @@ def _state(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"checkpoint {str(folder)!r}: no state.json; give a folder checkpoints/step-N of a run")
     try:
-        state = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"checkpoint {str(folder)!r}: state.json is damaged; resume from an older one") from error
-    if state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"checkpoint {str(folder)!r}: written by another version of gvpo; resume with that version")
     return state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,8 +31,9 @@ class GVPOConfig(BaseModel):
     objective: Literal["gvpo"] = Field("gvpo", description="What is minimised.")
     reference: str | PositiveInt | None = Field(
         None,
-        description="Policy the KL is taken against: 'rollout' (the policy that drew the groups), 'initial', an integer n "
-        "(renewed every n rollouts), or a model path. Default: 'rollout' when sampling, 'initial' when all data is offline.",
+        description="Policy the KL is taken against: 'rollout' (the policy that drew the groups), 'initial', an "
+        "integer n (renewed every n rollouts), or a model path. Default: 'rollout' when sampling, 'initial' when all "
+        "data is offline.",
     )
     allow_unanchored: bool = Field(
         False, description="Accept a moving reference on offline-only data, where nothing holds the policy back."
@@ -41,7 +43,7 @@ class GVPOConfig(BaseModel):
     num_generations: int = Field(8, ge=2, description="Completions drawn per prompt: k.")
     max_completion_length: PositiveInt = Field(256, description="Most new tokens in a sampled completion.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probs are always taken at 1.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 the uniqueness of the optimum is lost.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 the optimum is no longer unique.")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 = all. As top_p.")
     groups_per_update: PositiveInt = Field(8, description="Whole groups in one update, over all processes.")
     updates_per_rollout: PositiveInt = Field(
@@ -87,7 +89,7 @@ class GVPOConfig(BaseModel):
     report_to: str | list[str] = Field(
         "none", description="Trackers, through accelerate: none, tensorboard, wandb, trackio, ..."
     )
-    eval_steps: PositiveInt | None = Field(None, description="Updates between two evaluations. Default: at the end only.")
+    eval_steps: PositiveInt | None = Field(None, description="Updates between evaluations. Default: at the end only.")
     eval_on_start: bool = Field(False, description="Evaluate before the first update too.")
     save_steps: PositiveInt | None = Field(None, description="Updates between two checkpoints. Default: none.")
     save_total_limit: PositiveInt | None = Field(None, description="Checkpoints to keep, the newest. Default: all.")
@@ -104,6 +106,10 @@ class GVPOConfig(BaseModel):
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             return value
         if isinstance(value, str) and value.strip():
+            # What is nearly a keyword would be looked for on the hub, long after this line.
+            near = difflib.get_close_matches(value, ("rollout", "initial"), n=1, cutoff=0.75)
+            if near and near[0] != value and "/" not in value:
+                raise ValueError(f"did you mean {near[0]!r}? (write a folder of that name as ./{value})")
             return value
         raise ValueError("must be 'rollout', 'initial', an integer from 1 (renewed every n rollouts), or a model path")
 
@@ -117,6 +123,11 @@ class GVPOConfig(BaseModel):
             )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
+            raise ValueError(
+                f"lr_scheduler_type='polynomial' ends at 1e-7, not below learning_rate={self.learning_rate}; "
+                "use 'linear', or raise learning_rate"
+            )
         return self
 
     @property
@@ -151,10 +162,13 @@ def load_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config {str(path)!r}: no such file")
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {str(path)!r}: not UTF-8 ({error}); save the file as UTF-8") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"config {str(path)!r}{line}: not YAML: {getattr(error, 'problem', error)}") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"config {str(path)!r}{line}: not YAML: {problem}") from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -172,21 +186,20 @@ def parse_value(text: str) -> Any:
 
 def dump_config(config: GVPOConfig) -> str:
     """The config as YAML that load_config reads back."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-6 as a string; YAML 1.2 and everybody's intention read a number."""
 
 
-def _float_resolver() -> None:
-    import re
-
-    number = re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$")
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around the strings that _Loader would read as numbers."""
 
 
-_float_resolver()
+for _yaml in (_Loader, _Dumper):
+    _exponent = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _exponent, list("-+.0123456789"))
 
 
 def _explain(error: ValidationError, config: type[BaseModel]) -> str:

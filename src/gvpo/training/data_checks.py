@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from gvpo.errors import UserError
+from gvpo.groups import Completion
+from gvpo.models.encoding import encode_groups
 from gvpo.rewards.resolve import RewardFunction
 from gvpo.sources.dataset import Row
 from gvpo.sources.policy import prompt_ids
+from gvpo.training.config import GVPOConfig
 
 
 def check_rewards(
@@ -17,7 +21,8 @@ def check_rewards(
     """Every row must have rewards or get them. Raises UserError naming the row."""
     if weights is not None and len(weights) != len(functions):
         raise UserError(
-            f"config, field 'reward_weights': {len(weights)} weights for {len(functions)} reward functions; give one each"
+            f"config, field 'reward_weights': {len(weights)} weights for {len(functions)} reward functions; "
+            "give one each"
         )
     if functions:
         return
@@ -28,29 +33,88 @@ def check_rewards(
             raise UserError(f"{row.where}: no rewards, and no reward function; give reward_funcs")
 
 
-def check_prompts(rows: Sequence[Row], tokenizer: Any | None, model: Any, max_completion_length: int) -> None:
-    """Every prompt must be encodable, and leave room for a completion. Raises UserError naming the row."""
+def check_prompts(
+    rows: Sequence[Row], eval_rows: Sequence[Row], tokenizer: Any | None, model: Any, config: GVPOConfig
+) -> None:
+    """Every prompt must be encodable, and fit the model and the token budget with its completions.
+
+    Raises UserError naming the row.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for row in rows:
-        if tokenizer is None and row.prompt_ids is None:
-            raise UserError(f"{row.where}: a text prompt, and no tokenizer; give tokenizer=, or rows with prompt_ids")
-        if isinstance(row.prompt, list) and row.prompt_ids is None and not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                f"{row.where}, field 'prompt': chat messages, but the tokenizer has no chat template; "
-                "use string prompts or an instruct model"
-            )
-        if context is None or _at_most(row) + max_completion_length <= context:
-            continue
-        length = len(prompt_ids(row, tokenizer))
-        if length + (1 if row.offline else max_completion_length) > context:
-            raise UserError(
-                f"{row.where}, field 'prompt': {length} tokens and max_completion_length={max_completion_length} exceed "
-                f"the model's context of {context}; shorten or drop the prompt, or lower max_completion_length"
-            )
+        _check_encodable(row, row.completions, tokenizer)
+        _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
+    for row in eval_rows:  # answers are drawn anew, whatever the row brings, and not back-propagated
+        _check_encodable(row, (), tokenizer)
+        _check_length(row, (), tokenizer, config.max_completion_length, context, None)
 
 
-def _at_most(row: Row) -> int:
+def check_columns(rows: Sequence[Row]) -> None:
+    """What a run folder keeps must be JSON. Raises UserError naming row and column."""
+    for row in rows:
+        for name, value in row.columns.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{row.where}, field {name!r}: cannot be kept in output_dir ({error}); convert or drop the column"
+                ) from error
+
+
+def _check_encodable(row: Row, completions: Sequence[Completion], tokenizer: Any | None) -> None:
+    texts = ["prompt"] if row.prompt_ids is None else []
+    texts += ["completions" for completion in completions if completion.token_ids is None]
+    if texts and tokenizer is None:
+        raise UserError(
+            f"{row.where}, field {texts[0]!r}: text, and there is no tokenizer; give tokenizer=, or rows with token ids"
+        )
+    if row.prompt_ids is not None:
+        return
+    if isinstance(row.prompt, list) and not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{row.where}, field 'prompt': chat messages, but the tokenizer has no chat template; "
+            "use string prompts or an instruct model"
+        )
+    if isinstance(row.prompt, str) and not row.prompt.strip() and not prompt_ids(row, tokenizer):
+        raise UserError(f"{row.where}, field 'prompt': empty; the first completion token needs a token before it")
+
+
+def _check_length(
+    row: Row,
+    completions: Sequence[Completion],
+    tokenizer: Any | None,
+    max_completion_length: int,
+    context: int | None,
+    token_budget: int | None,
+) -> None:
+    limits = [limit for limit in (context, token_budget) if limit is not None]
+    longest = max(map(_at_most, completions), default=max_completion_length)
+    if not limits or _prompt_at_most(row) + longest <= min(limits):
+        return
+    length = len(prompt_ids(row, tokenizer))
+    what, mend = f"max_completion_length={longest}", "shorten or drop the prompt, or lower max_completion_length"
+    if completions:
+        (encoded,) = encode_groups([row.group(completions)], tokenizer)
+        longest = max(map(len, encoded.completion_ids))
+        what, mend = f"a completion of {longest}", "shorten or drop the row"
+    if context is not None and length + longest > context:
+        exceeded = f"the model's context of {context}"
+    elif token_budget is not None and length + longest > token_budget:
+        exceeded, mend = f"token_budget={token_budget}", f"raise token_budget; or {mend}"
+    else:
+        return
+    raise UserError(f"{row.where}, field 'prompt': {length} tokens and {what} exceed {exceeded}; {mend}")
+
+
+def _prompt_at_most(row: Row) -> int:
     """A bound on the prompt's tokens that needs no tokenizer: a token is at least a byte, a template adds some."""
     if row.prompt_ids is not None:
         return len(row.prompt_ids)
     return len(str(row.prompt).encode()) + 1024
+
+
+def _at_most(completion: Completion) -> int:
+    """The same for a completion, with its end token."""
+    if completion.token_ids is not None:
+        return len(completion.token_ids)
+    return len((completion.text or "").encode()) + 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -33,9 +33,9 @@ from gvpo.sources.dataset import PromptOrder, Row, read_rows
 from gvpo.sources.policy import PolicySource, Source, draw_seed
 from gvpo.training.checkpoint import Progress, load_checkpoint, prune_checkpoints, save_checkpoint
 from gvpo.training.config import GVPOConfig, dump_config
-from gvpo.training.data_checks import check_prompts, check_rewards
+from gvpo.training.data_checks import check_columns, check_prompts, check_rewards
 from gvpo.training.metrics import members_of, update_metrics
-from gvpo.training.processes import Processes
+from gvpo.training.processes import Processes, check_trackers
 from gvpo.training.reference import Reference
 from gvpo.training.run_folder import RunFolder, disk
 from gvpo.training.startup import check_scores
@@ -71,6 +71,7 @@ class GVPOTrainer:
         if eval_dataset is not None:
             self.eval_rows = read_rows(eval_dataset, prompt_column=config.prompt_column, name="eval_dataset")
         check_rewards(rows, self.eval_rows, self.reward_functions, config.reward_weights)
+        _check_settings(config, rows, self.eval_rows)
         reference = _choose_reference(config, rows)
         if not isinstance(model, nn.Module):
             check_model(model)
@@ -80,7 +81,7 @@ class GVPOTrainer:
         _reset_accelerate()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.bf16 else "no",
-            log_with=config.trackers or None,
+            log_with=[*config.trackers] or None,
             project_dir=config.output_dir,
         )
         self.processes = Processes(self.accelerator)
@@ -91,7 +92,7 @@ class GVPOTrainer:
         else:
             self.model, loaded = load_model(model)
             self.tokenizer = tokenizer if tokenizer is not None else loaded
-        check_prompts([*rows, *self.eval_rows], self.tokenizer, self.model, config.max_completion_length)
+        check_prompts(rows, self.eval_rows, self.tokenizer, self.model, config)
         if config.disable_dropout:
             disable_dropout(self.model)
         if config.gradient_checkpointing:
@@ -110,7 +111,6 @@ class GVPOTrainer:
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
         self._checked = False
-        self._reward_metrics: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
@@ -122,6 +122,7 @@ class GVPOTrainer:
         config, started = self.config, time.perf_counter()
         folder = self._open_folder(resume_from_checkpoint)
         self.scorer.train()
+        self.optimizer.zero_grad(set_to_none=True)
         with self._display() as display:
             if config.eval_on_start and self.progress.update == 0:
                 self._log(folder, display, {"update": 0, **self.evaluate(folder)})
@@ -131,8 +132,8 @@ class GVPOTrainer:
                     self._reward(rows, groups)
                     self._keep_completions(folder, display, groups)
                     self._check_once(groups, display)
-                    self._refer(groups)
                     self.progress.groups = groups
+                    self._refer()
                 row = self._update()
                 if self._due(config.eval_steps) or (self.eval_rows and self.progress.update == self.total_updates):
                     row |= self.evaluate(folder)
@@ -178,7 +179,9 @@ class GVPOTrainer:
         with self._timed("rollout"), self.accelerator.autocast():
             drawn = self.source.fill([rows[n] for n in sampled], [seeds[n] for n in sampled]) if sampled else []
         by_place = dict(zip(sampled, drawn, strict=True))
-        groups = [by_place[n] if n in by_place else tokenized(row.group(), self.tokenizer) for n, row in enumerate(rows)]
+        groups = [
+            by_place[n] if n in by_place else tokenized(row.group(), self.tokenizer) for n, row in enumerate(rows)
+        ]
         progress.position += count
         progress.rollout += 1
         return rows, groups
@@ -186,31 +189,38 @@ class GVPOTrainer:
     def _reward(self, rows: list[Row], groups: list[Group]) -> None:
         """groups -> rewards, in place."""
         with self._timed("reward"):
-            self._reward_metrics = fill_rewards(
+            logged = fill_rewards(
                 groups,
                 [row.has_rewards for row in rows],
                 self.reward_functions,
                 self.config.reward_weights,
                 trainer_state=self._trainer_state(),
             )
+        self.progress.reward_metrics = self.processes.mean(logged)
 
-    def _refer(self, groups: list[Group]) -> None:
-        """groups -> reference log-probs of every member that is trained on, in place."""
+    def _refer(self) -> None:
+        """groups -> reference log-probs of every member that is trained on, in place.
+
+        Update by update, in the batches that the update will use: equal weights then give log-ratios of exactly zero.
+        """
         if self.own_reference:
             return
-        config, teaching = self.config, _teaching(groups)
+        config = self.config
         with self._timed("reference"):
-            logps_N = self.reference.logprobs(
-                teaching, self.tokenizer, config.token_budget, config.share_prefix, self.processes
-            )
-        members = (completion for group in teaching for completion in group.completions)
-        for completion, logp in zip(members, logps_N.tolist(), strict=True):
-            completion.ref_logprob = logp
+            for batch in range(config.updates_per_rollout):
+                teaching = _teaching(self._batch(batch)[1])
+                with self.accelerator.autocast():
+                    logps_N = self.reference.logprobs(
+                        teaching, self.tokenizer, config.token_budget, config.share_prefix, self.processes
+                    )
+                members = (completion for group in teaching for completion in group.completions)
+                for completion, logp in zip(members, logps_N.tolist(), strict=True):
+                    completion.ref_logprob = logp
 
     def _update(self) -> dict[str, Any]:
         """groups -> score -> weights -> backward -> optimizer. Returns the update's metrics."""
         config, progress = self.config, self.progress
-        numbers, groups = self._next_batch()
+        numbers, groups = self._batch(progress.batch)
         teaching = _teaching(groups)
         count = self.processes.total(len(teaching))
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -231,13 +241,16 @@ class GVPOTrainer:
             )
             grad_norm = self._step(apply=count > 0)
         progress.update += 1
+        progress.batch += 1
         refs_N = logps_N if targets.ref_logps_N is None else targets.ref_logps_N
         taught = [number for number, group in zip(numbers, groups, strict=True) if len(_rewarded(group)) >= 2]
         members = members_of(teaching, taught, logps_N.tolist(), refs_N.tolist())
         members = self.processes.interleave(members)
         losses = self.processes.interleave([float(loss)])
         dropped = self.processes.total(sum(len(group.completions) for group in groups)) - len(members)
-        return {
+        if progress.batch == config.updates_per_rollout * config.epochs_per_rollout:
+            progress.batch, progress.groups = 0, []
+        row = {
             "update": progress.update,
             "rollout": progress.rollout,
             "epoch": progress.position / len(self.order.rows),
@@ -245,22 +258,21 @@ class GVPOTrainer:
             "loss": sum(losses) / len(losses),
             "grad_norm": grad_norm,
             **update_metrics(members, config.beta, dropped),
-            **self._reward_metrics,
         }
+        if clash := row.keys() & progress.reward_metrics.keys():
+            raise UserError(
+                f"a reward function's log_metric({min(clash)!r}, ...): the run logs that name itself; rename it"
+            )
+        return row | progress.reward_metrics
 
-    def _next_batch(self) -> tuple[list[int], list[Group]]:
-        """This process's groups of the next update, and their numbers in the run; the rollout ends with its last."""
-        config, progress, processes = self.config, self.progress, self.processes
-        start = progress.batch % config.updates_per_rollout * config.groups_per_update
-        everyone = range(config.groups_per_rollout)
-        mine = processes.mine(everyone)
+    def _batch(self, batch: int) -> tuple[list[int], list[Group]]:
+        """This process's groups of a rollout's update number `batch` (from 0), and their numbers in the run."""
+        config, progress = self.config, self.progress
+        start = batch % config.updates_per_rollout * config.groups_per_update
+        mine = self.processes.mine(range(config.groups_per_rollout))
         chosen = [place for place, n in enumerate(mine) if start <= n < start + config.groups_per_update]
         first = (progress.rollout - 1) * config.groups_per_rollout
-        groups = [progress.groups[place] for place in chosen]
-        progress.batch += 1
-        if progress.batch == config.updates_per_rollout * config.epochs_per_rollout:
-            progress.batch, progress.groups = 0, []
-        return [first + mine[place] for place in chosen], groups
+        return [first + mine[place] for place in chosen], [progress.groups[place] for place in chosen]
 
     def _step(self, *, apply: bool) -> float:
         """One optimizer step over the gradients. Returns their norm before clipping; without a group, no step."""
@@ -303,27 +315,38 @@ class GVPOTrainer:
 
     def _open_folder(self, resume: bool | str | Path | None) -> RunFolder:
         config = self.config
-        folder = RunFolder(config.output_dir if self.processes.is_main else None, resume=bool(resume))
+        checkpoint = self._checkpoint(resume) if resume else None
+        # A checkpoint of another run does not make output_dir this run's.
+        goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(
+            Path(config.output_dir or "").resolve()
+        )
+        folder = RunFolder(config.output_dir if self.processes.is_main else None, resume=goes_on)
         self.processes.wait()
-        if resume:
-            self._resume(resume)
-            folder.keep_rows(self.progress.update)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+            self.history = folder.keep_rows(self.progress.update)
         folder.create(dump_config(config))
         if config.trackers:
             self.accelerator.init_trackers(config.run_name or "gvpo", config=_flat(config))
         return folder
 
-    def _resume(self, resume: bool | str | Path) -> None:
-        if resume is True:
-            found = RunFolder(self.config.output_dir, resume=True).checkpoints()
-            if not found:
-                raise UserError(f"output_dir {self.config.output_dir!r}: no checkpoint to resume from; set save_steps")
-            resume = found[-1]
-        module = self.accelerator.unwrap_model(self.scorer)
-        self.progress = load_checkpoint(
-            Path(resume), module, self.optimizer.optimizer, self.scheduler, self.reference
-        )
-        self.progress.groups = self.processes.mine(self.progress.groups)
+    def _checkpoint(self, resume: Literal[True] | str | Path) -> Path:
+        if resume is not True:
+            return Path(resume)
+        found = RunFolder(self.config.output_dir, resume=True).checkpoints()
+        if not found:
+            raise UserError(f"output_dir {self.config.output_dir!r}: no checkpoint to resume from; set save_steps")
+        return found[-1]
+
+    def _resume(self, checkpoint: Path) -> None:
+        config, module = self.config, self.accelerator.unwrap_model(self.scorer)
+        progress = load_checkpoint(checkpoint, module, self.optimizer.optimizer, self.scheduler, self.reference)
+        if progress.batch and len(progress.groups) != config.groups_per_rollout:
+            raise UserError(
+                f"checkpoint {str(checkpoint)!r}: made within a rollout of {len(progress.groups)} groups, the config "
+                f"has {config.groups_per_rollout}; resume with its groups_per_update and updates_per_rollout"
+            )
+        self.progress = replace(progress, groups=self.processes.mine(progress.groups))
 
     def _save_checkpoint(self, folder: RunFolder) -> None:
         everyones = self.processes.interleave(self.progress.groups)
@@ -339,12 +362,13 @@ class GVPOTrainer:
         """Before the first update: refuse a score that is not a function of the weights."""
         if self._checked:
             return
-        group = next(iter(_teaching(groups)), None)
+        # Two members show what a whole group would, in a forward that fits.
+        group = next((replace(group, completions=group.completions[:2]) for group in _teaching(groups)), None)
         with self.accelerator.autocast():
             warnings = check_scores(self.scorer, group, self.tokenizer, bf16=self.config.bf16)
         for warning in warnings:
             display.note(f"warning: {warning}")
-        self._checked = True
+        self._checked = self.processes.most(group is not None) > 0
 
     def _keep_completions(self, folder: RunFolder, display: ProgressDisplay, groups: list[Group]) -> None:
         everyones = self.processes.interleave(groups)
@@ -414,6 +438,16 @@ def _choose_reference(config: GVPOConfig, rows: Sequence[Row]) -> str | int:
             "use 'initial' or a model path, or set allow_unanchored"
         )
     return reference
+
+
+def _check_settings(config: GVPOConfig, rows: Sequence[Row], eval_rows: Sequence[Row]) -> None:
+    """What a config asks for, against what the trainer was given. Raises UserError."""
+    for name in ("eval_steps", "eval_on_start"):
+        if getattr(config, name) and not eval_rows:
+            raise UserError(f"config, field {name!r}: there is nothing to evaluate on; give eval_dataset")
+    check_trackers(config.trackers, config.output_dir)
+    if config.output_dir is not None:
+        check_columns([*rows, *eval_rows])
 
 
 def _updates_of(config: GVPOConfig, rows: int) -> int:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
+
 import torch
 
 from gvpo.groups import Group
@@ -26,7 +27,9 @@ class Member:
     by_function: dict[str, float]
 
 
-def members_of(groups: Sequence[Group], numbers: Sequence[int], logps: Sequence[float], refs: Sequence[float]) -> list[Member]:
+def members_of(
+    groups: Sequence[Group], numbers: Sequence[int], logps: Sequence[float], refs: Sequence[float]
+) -> list[Member]:
     """The members of these groups; numbers: one a group; logps, refs: one a member, end to end."""
     members, place = [], 0
     for group, number in zip(groups, numbers, strict=True):
@@ -99,12 +102,15 @@ def _objective_metrics(members: Sequence[Member], beta: float) -> dict[str, floa
 
 def _explained(groups: Sequence[Sequence[Member]], beta: float) -> float | None:
     residual = total = 0.0
+    differ = False
     for group in groups:
         rewards = [member.reward for member in group]
+        differ |= max(rewards) != min(rewards)
         implicit = [beta * (member.logp - member.ref_logp) for member in group]
         mean_reward, mean_implicit = fmean(rewards), fmean(implicit)
         total += sum((reward - mean_reward) ** 2 for reward in rewards)
         residual += sum(
             (value - mean_implicit - reward + mean_reward) ** 2 for value, reward in zip(implicit, rewards, strict=True)
         )
-    return 1 - residual / total if total > 0 else None
+    # Equal rewards may leave a rounding error of variance: no ground to divide by.
+    return 1 - residual / total if differ and total > 0 else None

@@ -79,9 +79,12 @@ class Reference:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put a checkpoint's snapshot in place. Raises UserError if it is of another model."""
-        if set(state) != set(self._snapshot or {}):
-            raise UserError("the checkpoint's reference has other parameters than this model; resume with its config")
-        for name, value in (self._snapshot or {}).items():
+        snapshot = self._snapshot or {}
+        if {name: value.shape for name, value in state.items()} != {n: value.shape for n, value in snapshot.items()}:
+            raise UserError(
+                "the checkpoint's reference is not of this kind and model; resume with the run's own config"
+            )
+        for name, value in snapshot.items():
             value.copy_(state[name])
 
     @contextmanager
@@ -108,4 +111,6 @@ def _exchange(scorer: nn.Module, snapshot: dict[str, Tensor]) -> None:
 
 
 def _trainable(scorer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in scorer.named_parameters() if parameter.requires_grad)
+    # Names without a data-parallel wrapper's prefix: a checkpoint does not depend on the number of processes.
+    inner = getattr(scorer, "module", scorer)
+    return ((name, parameter) for name, parameter in inner.named_parameters() if parameter.requires_grad)

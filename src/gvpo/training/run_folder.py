@@ -44,14 +44,24 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yaml").write_text(config, encoding="utf-8")
 
-    def keep_rows(self, updates: int) -> None:
-        """Cut metrics and timings back to the first `updates` updates: what a resumed run will write again."""
-        for name in ("metrics.jsonl", "timings.jsonl"):
-            file = None if self.path is None else self.path / name
-            if file is not None and file.exists():
-                kept = [line for line in file.read_text().splitlines() if json.loads(line)["update"] <= updates]
-                with disk(file):
-                    replace_text(file, "".join(line + "\n" for line in kept))
+    def keep_rows(self, updates: int) -> list[dict[str, Any]]:
+        """Cut metrics and timings back to the first `updates` updates, and return the metrics that are left.
+
+        What is cut off, a resumed run will write again; so it will a last line that a crash left unfinished.
+        """
+        metrics, _ = (self._keep_rows(name, updates) for name in ("metrics.jsonl", "timings.jsonl"))
+        return metrics
+
+    def _keep_rows(self, name: str, updates: int) -> list[dict[str, Any]]:
+        if self.path is None or not (self.path / name).exists():
+            return []
+        file = self.path / name
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        kept = [row for row in rows if row["update"] <= updates]
+        with disk(file):
+            replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+        return kept
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """One row to metrics.jsonl or timings.jsonl, on disk at once."""

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from gvpo.errors import UserError
 from gvpo.groups import Group
-from gvpo.models.batches import Batch, plan_batches
+from gvpo.models.batches import Batch
 from gvpo.models.encoding import EncodedGroup, encode_groups
 from gvpo.models.head import gather_logprobs
-from gvpo.models.scoring import Scorer, causal_lm, member_order
+from gvpo.models.scoring import Scorer, causal_lm, member_order, plan_scoring
 from gvpo.training.update import score_pass
 
 
@@ -25,7 +25,8 @@ def check_scores(scorer: nn.Module, group: Group | None, tokenizer: Any | None, 
     """
     encoded = [] if group is None else encode_groups([group], tokenizer)
     inner: Scorer = getattr(scorer, "module", scorer)  # pyright: ignore[reportAssignmentType]
-    plans = {share: plan_batches(encoded, None, share) for share in ([True, False] if inner.shares_prefix else [False])}
+    ways = [True, False] if inner.shares_prefix else [False]
+    plans = {share: plan_scoring(scorer, encoded, None, share) for share in ways}
     scores = {share: score_pass(scorer, encoded, plan[0] if plan else None) for share, plan in plans.items()}
     again = score_pass(scorer, encoded, plans[False][0] if encoded else None)
     if group is None:
