@@ -271,12 +271,15 @@ def test_end_tokens_are_kept_and_the_rest_is_truncated():
 def test_a_prompt_is_read_once_and_finished_rows_leave(architecture: str):
     model = tiny(architecture)
     shapes = embedded_shapes(model)
+    logits: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda _, __, output: logits.append(tuple(output.shape)))
     groups = TorchSampler(model, [END, 1]).sample(RAGGED, 6, SamplingParams(9), seeds=range(4))
     lengths = [len(sample.token_ids) for group in groups for sample in group]
     assert len(set(lengths)) > 3
     # A row is in the batch for its t-th token, t > 1, exactly if its completion is that long.
     rows = [sum(length > read for length in lengths) for read in range(1, max(lengths))]
     assert shapes == [(4, 6), *((n, 1) for n in rows)]
+    assert logits == [(4, 1, 8), *((n, 1, 8) for n in rows)], "only the last position's logits are computed"
 
 
 # --- the model is left as it was ----------------------------------------------------------------------------------
@@ -303,11 +306,12 @@ def test_training_flags_come_back_and_dropout_is_off_meanwhile():
 
 def test_the_callers_autocast_is_respected_and_survives():
     model = tiny("llama", vocabulary=40).float()
-    dtypes: set[torch.dtype] = set()
-    model.lm_head.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))
+    outputs: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda _, __, output: outputs.append(output))
     with torch.autocast("cpu", torch.bfloat16):
         groups = TorchSampler(model, [END]).sample(RAGGED, 2, SamplingParams(4), seeds=range(4))
-        assert dtypes == {torch.bfloat16}
+        hook.remove()
+        assert {(output.dtype, output.requires_grad) for output in outputs} == {(torch.bfloat16, False)}
         model(input_ids=torch.tensor([groups[0][0].token_ids])).logits.float().logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters()), "weights were cached without a graph"
 

@@ -216,7 +216,12 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     config = RunConfig(
-        learning_rate=1e-6, reference=3, reward_weights=[0.1, 2], report_to=["tensorboard"], token_budget=None, model="é"
+        learning_rate=1e-6,
+        reference=3,
+        reward_weights=[0.1, 2],
+        report_to=["tensorboard"],
+        token_budget=None,
+        model="é",
     )
     assert RunConfig(**loaded(tmp_path, dump_config(config))) == config
 

@@ -36,8 +36,9 @@ def evaluation_metrics(groups: Sequence[Group]) -> dict[str, float]:
     answers: list[Completion] = [completion for group in groups for completion in group.completions]
     rewards = [answer.reward for answer in answers if answer.reward is not None]
     row = {"eval/reward": fmean(rewards)} if rewards else {}
-    for name in sorted({name for answer in answers for name in answer.meta.get("rewards", {})}):
-        values = [answer.meta["rewards"][name] for answer in answers if name in answer.meta["rewards"]]
+    by_function: list[dict[str, float]] = [answer.meta.get("rewards", {}) for answer in answers]
+    for name in sorted({name for scores in by_function for name in scores}):
+        values = [scores[name] for scores in by_function if name in scores]
         row[f"eval/rewards/{name}/mean"] = fmean(values)
     row["eval/unscored"] = len(answers) - len(rewards)
     row["eval/completions/mean_length"] = fmean(len(answer.token_ids or []) for answer in answers)

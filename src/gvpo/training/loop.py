@@ -239,7 +239,7 @@ class GVPOTrainer:
                 count / self.processes.count,
                 self.processes,
             )
-            grad_norm = self._step(apply=count > 0)
+            grad_norm = self._step()
         progress.update += 1
         progress.batch += 1
         refs_N = logps_N if targets.ref_logps_N is None else targets.ref_logps_N
@@ -274,8 +274,11 @@ class GVPOTrainer:
         first = (progress.rollout - 1) * config.groups_per_rollout
         return [first + mine[place] for place in chosen], [progress.groups[place] for place in chosen]
 
-    def _step(self, *, apply: bool) -> float:
-        """One optimizer step over the gradients. Returns their norm before clipping; without a group, no step."""
+    def _step(self) -> float:
+        """One optimizer step over the gradients. Returns their norm before clipping.
+
+        After an update without a group there are none: AdamW then leaves weights and moments as they are.
+        """
         parameters = [p for p in self.scorer.parameters() if p.requires_grad]
         limit = self.config.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(parameters, limit))  # pyright: ignore[reportArgumentType]
@@ -284,8 +287,7 @@ class GVPOTrainer:
                 f"update {self.progress.update + 1}: the gradient is not finite ({norm}); "
                 "lower learning_rate, and check the rewards' scale against beta"
             )
-        if apply:
-            self.optimizer.step()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return norm
@@ -383,7 +385,8 @@ class GVPOTrainer:
         seconds, self._seconds = self._seconds, {}
         if self.processes.is_main:
             folder.append("metrics.jsonl", row)
-            folder.append("timings.jsonl", {"update": row["update"], **seconds})
+            timings = {f"seconds/{name}": value for name, value in seconds.items()}
+            folder.append("timings.jsonl", {"update": row["update"], **timings})
             due = row["update"] % self.config.logging_steps == 0
             display.update(row, line=due)
             if due and self.config.trackers:

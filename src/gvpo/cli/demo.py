@@ -1,0 +1,130 @@
+"""`gvpo demo`: the embedded model learns a small task before your eyes, through the same trainer as `gvpo train`."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gvpo.errors import UserError
+
+HELD_OUT = 200
+SHOWN = 5
+FULL_MARKS, PART_MARKS = "exact_match", "last_number"
+
+
+def demo(
+    seed: Annotated[int, typer.Option(help="Seeds the task, the order and every draw.", show_default=True)] = 0,
+    output_dir: Annotated[str, typer.Option(help="Run folder; the demo replaces its own.")] = "runs/demo",
+    updates: Annotated[int | None, typer.Option(help="Updates, if not the demo's own number.")] = None,
+) -> None:
+    """Teach the embedded model to answer "Which number is larger, a or b?" with only the number."""
+    from rich.console import Console
+
+    from gvpo.report.terminal import plot
+    from gvpo.training.loop import GVPOTrainer
+
+    _clear(Path(output_dir))
+    train, held_out = make_task(seed)
+    config = demo_config(seed, output_dir, updates)
+    console = Console()
+    console.print(
+        f"Loading SmolLM2-135M-Instruct. {len(train)} prompts to train on, {HELD_OUT} held out; such as:\n"
+        f"  {train[0]['prompt'][0]['content']}\n"
+        f"Reward: 1 for exactly the number, 0.2 if the answer merely ends with it. beta {config.beta}.",
+        highlight=False,
+    )
+    trainer = GVPOTrainer(
+        "smollm2-135m", train, [FULL_MARKS, PART_MARKS], config=config, eval_dataset=held_out
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+
+    before, after = (_accuracy(trainer.history[place]) for place in (0, -1))
+    folder = Path(output_dir)
+    _show_answers(console, folder, trainer.total_updates)
+    rewards = [row["reward"] for row in trainer.history if "reward" in row]
+    console.print(plot(rewards, title="mean reward, update by update"), markup=False, highlight=False)
+    console.print(
+        f"Right on {HELD_OUT} held-out prompts, answered greedily: {before:.1%} before, {after:.1%} after "
+        f"{trainer.total_updates} updates, {seconds:.0f} s.",
+        highlight=False,
+    )
+    console.print(f"The run's files are in {folder}; the model is in {folder / 'model'}.", highlight=False)
+    summary = {
+        "before": before,
+        "after": after,
+        "seconds": round(seconds, 1),
+        "seed": seed,
+        "updates": trainer.total_updates,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def demo_config(seed: int, output_dir: str | None, updates: int | None = None) -> Any:
+    """The demo's settings."""
+    from gvpo.training.config import GVPOConfig
+
+    return GVPOConfig(
+        max_steps=updates or 30,
+        learning_rate=2e-5,
+        num_generations=8,
+        groups_per_update=16,
+        updates_per_rollout=2,
+        max_completion_length=12,
+        reward_weights=[0.8, 0.2],
+        eval_on_start=True,
+        seed=seed,
+        output_dir=output_dir,
+    )
+
+
+def make_task(seed: int, train: int = 2000) -> tuple[list[dict], list[dict]]:
+    """Rows `prompt`, `answer`: pairs of different numbers from 10 to 99, none in both sets, not even turned round."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(a + 1, 100)]
+    rng = random.Random(seed)
+    rng.shuffle(pairs)
+    rows = [_row(*(pair if rng.random() < 0.5 else pair[::-1])) for pair in pairs[: train + HELD_OUT]]
+    return rows[HELD_OUT:], rows[:HELD_OUT]
+
+
+def _row(a: int, b: int) -> dict[str, Any]:
+    question = f"Which number is larger, {a} or {b}? Answer with only the number."
+    return {"prompt": [{"role": "user", "content": question}], "answer": str(max(a, b))}
+
+
+def _accuracy(row: dict[str, Any]) -> float:
+    return row[f"eval/rewards/{FULL_MARKS}/mean"]
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier demo; anything else in the way is refused."""
+    if not folder.exists():
+        return
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"--output-dir {str(folder)!r}: holds files that are not a demo's; choose another folder")
+    shutil.rmtree(folder)
+
+
+def _show_answers(console: Any, folder: Path, updates: int) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from gvpo.group_files import read_groups
+    from gvpo.report.terminal import plain, shorten
+
+    before, after = (list(read_groups(folder / "completions" / f"eval-{n:06d}.jsonl")) for n in (0, updates))
+    table = Table("question", "before", "after", title="Held-out prompts")
+    for old, new in list(zip(before, after, strict=True))[:SHOWN]:
+        question = old.prompt[-1]["content"] if isinstance(old.prompt, list) else str(old.prompt)
+        answers = [shorten(plain(group.completions[0].text or ""), 60) for group in (old, new)]
+        table.add_row(Text(question.removesuffix(" Answer with only the number.")), *map(Text, answers))
+    console.print(table)

@@ -1,0 +1,145 @@
+"""Runs that are made by one process (by the test) and by two (by torchrun), to be compared.
+
+torchrun --nproc_per_node 2 process_worker.py FOLDER leaves in FOLDER, for every scenario, its weights and its story.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+
+from gvpo.groups import Group
+from gvpo.training import loop
+from gvpo.training.loop import GVPOTrainer
+from training_helpers import first_token, offline_groups, prompts, same_weights, settings, tiny_model, weights
+
+
+def some_without(groups: list[Group]) -> list[Group]:
+    """Ragged groups, some of whose members have no reward; of one, none but a single one has."""
+    groups[1].completions[0].reward = None
+    groups[4].completions[1].reward = None
+    for completion in groups[5].completions[1:]:
+        completion.reward = None
+    return groups
+
+
+def opinionated(
+    completion_ids: Sequence[Sequence[int]], target: list[int], log_metric: Any, **kwargs: Any
+) -> list[Any]:
+    """No opinion on some members, and none on the whole of some groups."""
+    log_metric("mean_length", sum(map(len, completion_ids)) / len(completion_ids))
+    return [
+        None if ids[0] % 5 == 0 or where == 3 else reward
+        for ids, where, reward in zip(completion_ids, target, first_token(completion_ids), strict=True)
+    ]
+
+
+def stale(folder: Path) -> GVPOTrainer:
+    """Log-ratios of many nats, small batches, 3 groups an update: shares of 2 and 1."""
+    data = some_without(offline_groups(9, sizes=(3, 2, 5, 1, 4)))
+    config = settings(groups_per_update=3, max_steps=7, learning_rate=3e-2, beta=0.02, token_budget=20)
+    return GVPOTrainer(tiny_model().double(), data, config=config)
+
+
+def split_groups(folder: Path) -> GVPOTrainer:
+    """No group fits one forward."""
+    data = some_without(offline_groups(9, sizes=(5, 4)))
+    config = settings(max_steps=5, learning_rate=3e-2, token_budget=12, share_prefix=False, epochs_per_rollout=2)
+    return GVPOTrainer(tiny_model().double(), data, config=config)
+
+
+def sampled(folder: Path) -> GVPOTrainer:
+    """Draws, rewards, evaluation, a moving reference."""
+    config = settings(groups_per_update=3, max_steps=6, reference=2, eval_steps=2, eval_on_start=True)
+    model = tiny_model().double()
+    return GVPOTrainer(model, prompts(13), opinionated, config=config, eval_dataset=prompts(5))
+
+
+def idle(folder: Path) -> GVPOTrainer:
+    """One group an update: the other process has nothing to do; an update on a group without rewards is empty."""
+    config = settings(groups_per_update=1, max_steps=6, reference="initial", shuffle_dataset=False)
+    return GVPOTrainer(tiny_model().double(), prompts(5), opinionated, config=config)
+
+
+def saving(folder: Path) -> GVPOTrainer:
+    """A run folder, with checkpoints within a rollout."""
+    output = folder / "run"
+    config = settings(groups_per_update=3, max_steps=6, reference="initial", save_steps=3, output_dir=str(output))
+    return GVPOTrainer(tiny_model().double(), prompts(7), first_token, config=config)
+
+
+def going_on(folder: Path) -> GVPOTrainer:
+    """The run of `saving`, from within its first rollout."""
+    config = settings(groups_per_update=3, max_steps=6, reference="initial")
+    trainer = GVPOTrainer(tiny_model(8).double(), prompts(7), first_token, config=config)
+    checkpoint = folder / "run" / "checkpoints" / "step-3"
+    trainer.train = partial(trainer.train, checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer
+
+
+def single_precision(folder: Path) -> GVPOTrainer:
+    """As anybody would run it."""
+    config = settings(groups_per_update=3, max_steps=4, learning_rate=1e-3)
+    return GVPOTrainer(tiny_model(), prompts(13), first_token, config=config)
+
+
+SCENARIOS: dict[str, Callable[[Path], GVPOTrainer]] = {
+    scenario.__name__: scenario for scenario in (stale, split_groups, sampled, idle, saving, going_on, single_precision)
+}
+
+
+def story(trainer: GVPOTrainer) -> dict[str, Any]:
+    """Train, and tell: the rows of metrics, the completions of every rollout, each process's number of batches."""
+    rollouts: list[Any] = []
+    batches: list[int] = []
+    keep, plan = trainer._keep_completions, loop.plan_scoring
+
+    def keeping(folder: Any, display: Any, groups: list[Group]) -> None:
+        everyones = trainer.processes.interleave(groups)
+        rollouts.append([[group.prompt_ids, [c.token_ids for c in group.completions]] for group in everyones])
+        keep(folder, display, groups)
+
+    def planning(*args: Any) -> Any:
+        made = plan(*args)
+        batches.append(len(made))
+        return made
+
+    trainer._keep_completions = keeping  # pyright: ignore[reportAttributeAccessIssue]
+    loop.plan_scoring = planning
+    try:
+        trainer.train()
+    finally:
+        loop.plan_scoring = plan
+    return {
+        "world_size": trainer.processes.count,
+        "history": trainer.history,
+        "rollouts": rollouts,
+        "batches": gather_object([batches]),
+    }
+
+
+def main(folder: Path) -> None:
+    """Every scenario, in all processes of this launch."""
+    for name, scenario in SCENARIOS.items():
+        trainer = scenario(folder)
+        told = story(trainer)
+        mine = weights(trainer.model)
+        everyones = gather_object([mine])
+        assert torch.distributed.get_world_size() == told["world_size"]
+        told["in_step"] = all(same_weights(mine, other) for other in everyones)
+        if trainer.processes.is_main:
+            save_file(mine, folder / f"{name}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()

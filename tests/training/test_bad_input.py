@@ -1,0 +1,239 @@
+"""A user's mistakes through the trainer: one line that says what and where, before anything is lost."""
+
+from __future__ import annotations
+
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gvpo.errors import UserError
+from gvpo.groups import Completion, Group
+from gvpo.training import processes
+from gvpo.training.loop import GVPOTrainer
+from training_helpers import (
+    CHAT_TEMPLATE,
+    VOCABULARY,
+    first_token,
+    letters_tokenizer,
+    offline_groups,
+    prompts,
+    run,
+    same_weights,
+    settings,
+    tiny_model,
+    weights,
+)
+
+CHAT = [{"role": "user", "content": "abc"}]
+
+
+def refusal(model: Any, data: Any, rewards: Any = None, **kwargs: Any) -> str:
+    """The message with which the trainer is refused, or stops in its first rollout; no weight has moved by then."""
+    before = weights(model) if isinstance(model, torch.nn.Module) else {}
+    with pytest.raises(UserError) as caught:
+        run(model, data, rewards, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    if before:
+        assert same_weights(before, weights(model))
+    return message
+
+
+def at_start(model: Any, data: Any, rewards: Any = None, **kwargs: Any) -> str:
+    """The same, for what must be found before anything is drawn."""
+    own = {name: kwargs.pop(name) for name in ("tokenizer", "eval_dataset") if name in kwargs}
+    with pytest.raises(UserError) as caught:
+        GVPOTrainer(model, data, rewards, config=settings(**kwargs), **own)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Prompts, tokenizer, model
+
+
+def test_a_prompt_longer_than_the_context() -> None:
+    message = at_start(tiny_model(), [*prompts(1), {"prompt_ids": [1] * 61}], first_token)
+    assert message.startswith("train_dataset, row 2, field 'prompt': 61 tokens") and "context of 64" in message
+    GVPOTrainer(tiny_model(), [{"prompt_ids": [1] * 60}], first_token, config=settings())
+
+
+def test_a_text_longer_than_the_context() -> None:
+    for prompt in ("a" * 61, [{"role": "user", "content": "a" * 60}]):
+        message = at_start(tiny_model(), [{"prompt": prompt}], first_token, tokenizer=letters_tokenizer(CHAT_TEMPLATE))
+        assert "row 1" in message and "61 tokens" in message
+    GVPOTrainer(tiny_model(), [{"prompt": "a" * 60}], first_token, config=settings(), tokenizer=letters_tokenizer())
+
+
+def test_a_held_out_prompt_longer_than_the_context() -> None:
+    held_out = [{"prompt_ids": [1] * 61, "completions": [{"token_ids": [1]}, {"token_ids": [2]}]}]
+    message = at_start(tiny_model(), prompts(), first_token, eval_dataset=held_out)
+    assert message.startswith("eval_dataset, row 1, field 'prompt': 61 tokens")
+
+
+def test_an_offline_row_longer_than_the_context() -> None:
+    row = Group(None, [Completion(None, [1] * n, reward=1.0) for n in (2, 62)], prompt_ids=[1, 2, 3])
+    message = at_start(tiny_model(), [*offline_groups(1), row])
+    assert "row 2" in message and "3 tokens and a completion of 62" in message and "context of 64" in message
+    text = {"prompt": "abc", "completions": ["a", "a" * 61], "rewards": [0, 1]}
+    message = at_start(tiny_model(), [text], tokenizer=letters_tokenizer())
+    assert "3 tokens and a completion of 62" in message  # the end token is one of them
+
+
+def test_rows_that_exceed_the_token_budget() -> None:
+    message = at_start(tiny_model(), [{"prompt_ids": [1] * 13}], first_token, token_budget=16)
+    assert "13 tokens and max_completion_length=4 exceed token_budget=16" in message
+    GVPOTrainer(tiny_model(), [{"prompt_ids": [1] * 12}], first_token, config=settings(token_budget=16))
+    row = Group(None, [Completion(None, [1] * n, reward=1.0) for n in (2, 14)], prompt_ids=[1, 2, 3])
+    assert "a completion of 14 exceed token_budget=16" in at_start(tiny_model(), [row], token_budget=16)
+
+
+def test_max_completion_length_does_not_limit_the_datas_completions() -> None:
+    row = Group(None, [Completion(None, [1] * n, reward=float(n)) for n in (2, 30)], prompt_ids=[1, 2, 3])
+    history = run(tiny_model(), [row], max_completion_length=4, max_steps=1).history
+    assert history[0]["completions/max_length"] == 30
+
+
+def test_text_without_a_tokenizer() -> None:
+    message = at_start(tiny_model(), [*prompts(1), {"prompt": "abc"}], first_token)
+    assert message.startswith("train_dataset, row 2, field 'prompt'") and "tokenizer" in message
+    row = {"prompt_ids": [1], "completions": ["a", "b"], "rewards": [0, 1]}
+    message = at_start(tiny_model(), [row])
+    assert message.startswith("train_dataset, row 1, field 'completions'") and "tokenizer" in message
+    assert "eval_dataset" in at_start(tiny_model(), prompts(), first_token, eval_dataset=[{"prompt": "a"}])
+
+
+def test_chat_without_a_template() -> None:
+    message = at_start(tiny_model(), [{"prompt": CHAT}], first_token, tokenizer=letters_tokenizer())
+    assert "row 1, field 'prompt'" in message and "chat template" in message
+    run(tiny_model(), [{"prompt": CHAT}], first_token, tokenizer=letters_tokenizer(CHAT_TEMPLATE), max_steps=1)
+
+
+def test_an_empty_prompt() -> None:
+    assert "row 1, field 'prompt': empty" in at_start(
+        tiny_model(), [{"prompt": ""}], first_token, tokenizer=letters_tokenizer()
+    )
+
+
+def test_ids_outside_the_vocabulary() -> None:
+    row = Group(None, [Completion(None, [VOCABULARY], reward=1.0), Completion(None, [1], reward=0.0)], prompt_ids=[1])
+    assert "vocabulary of 16" in refusal(tiny_model(), [row])
+
+
+def test_a_frozen_model() -> None:
+    model = tiny_model().requires_grad_(False)
+    assert "requires a gradient" in at_start(model, prompts(), first_token)
+
+
+def test_a_models_path_that_is_none(tmp_path: Path) -> None:
+    assert "no such folder" in at_start(str(tmp_path / "none"), prompts(), first_token)
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in at_start(str(tmp_path / "empty"), prompts(), first_token)
+
+
+def test_checks_run_in_the_promised_order() -> None:
+    """Rewards, rows, model path: each with all later ones wrong too."""
+    assert "nonsense" in at_start("./none", [{}], "nonsense")
+    assert "row 1" in at_start("./none", [{}], first_token)
+    assert "./none" in at_start("./none", prompts(), first_token)
+
+
+# Rewards
+
+
+def test_no_rewards_anywhere() -> None:
+    assert "row 1: no rewards" in at_start(tiny_model(), prompts())
+    data = offline_groups(2)
+    for completion in data[1].completions:
+        completion.reward = None
+    assert "row 2: no rewards" in at_start(tiny_model(), data)
+    assert "eval_dataset, row 1" in at_start(tiny_model(), offline_groups(2), eval_dataset=prompts(1))
+
+
+def test_reward_weights_of_another_count() -> None:
+    message = at_start(tiny_model(), prompts(), [first_token], reward_weights=[1, 2])
+    assert "'reward_weights': 2 weights for 1 reward functions" in message
+
+
+def raising(completion_ids: list[Any], **kwargs: Any) -> list[float]:
+    raise KeyError("answer")
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (raising, "'raising' raised KeyError"),
+        (lambda completion_ids, **_: [1.0], "returned 1 values, expected 12"),
+        (lambda completion_ids, **_: ["1"] * len(completion_ids), "'1' (str)"),
+        (lambda completion_ids, **_: 1.0, "a list with one number"),
+        (lambda completion_ids, wrong, **_: [1.0] * len(completion_ids), "needs 'wrong'"),
+        (lambda completion_ids: [1.0] * len(completion_ids), "**kwargs"),
+    ],
+)
+def test_reward_functions_that_are_wrong(function: Any, says: str) -> None:
+    assert says in refusal(tiny_model(), prompts(), function)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rewards_that_are_not_finite_name_function_prompt_and_completion(value: float) -> None:
+    def broken(completions: list[str], **kwargs: Any) -> list[float]:
+        return [0.0] * (len(completions) - 1) + [value]
+
+    rows = [{"prompt": "abc"}, {"prompt": "abc"}]
+    message = refusal(tiny_model(), rows, broken, tokenizer=letters_tokenizer())
+    assert "'broken'" in message and "prompt 'abc'" in message and "completion '" in message and str(value) in message
+
+
+def test_a_metric_of_a_name_that_is_taken() -> None:
+    def reward(completion_ids: list[Any], log_metric: Any, **kwargs: Any) -> list[float]:
+        log_metric("grad_norm", 1.0)
+        return first_token(completion_ids)
+
+    with pytest.raises(UserError, match=r"log_metric\('grad_norm'") as caught:
+        run(tiny_model(), prompts(), reward)
+    assert "\n" not in str(caught.value)
+
+
+def test_rewards_that_overflow_are_named() -> None:
+    message = refusal(tiny_model(), prompts(), lambda completion_ids, **_: [1e200 * ids[0] for ids in completion_ids])
+    assert "not finite" in message and "update 1" in message
+
+
+# Settings against what there is
+
+
+def test_evaluation_without_data() -> None:
+    for options in ({"eval_steps": 1}, {"eval_on_start": True}):
+        (name,) = options
+        assert f"field {name!r}" in at_start(tiny_model(), prompts(), first_token, **options)
+
+
+def test_trackers_that_cannot_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = at_start(tiny_model(), prompts(), first_token, report_to="tensorbord", output_dir=str(tmp_path))
+    assert "'report_to': 'tensorbord'" in message and "did you mean 'tensorboard'?" in message
+    assert "give output_dir" in at_start(tiny_model(), prompts(), first_token, report_to="tensorboard")
+    monkeypatch.setattr(processes, "get_available_trackers", list)
+    message = at_start(tiny_model(), prompts(), first_token, report_to="tensorboard", output_dir=str(tmp_path))
+    assert "not installed" in message
+
+
+def test_columns_that_a_run_folder_cannot_keep(tmp_path: Path) -> None:
+    rows = [{"prompt_ids": [1], "day": date(2020, 1, 1)}]
+    message = at_start(tiny_model(), rows, first_token, output_dir=str(tmp_path / "run"))
+    assert message.startswith("train_dataset, row 1, field 'day'") and "JSON" in message
+    run(tiny_model(), rows, first_token, max_steps=1)
+
+
+def test_nothing_is_written_where_nothing_was_begun(tmp_path: Path) -> None:
+    at_start(tiny_model(), prompts(), output_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_mistakes_cost_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rows that are wrong, the model is not so much as looked for."""
+    monkeypatch.setattr("gvpo.training.loop.load_model", lambda *_, **__: sys.exit("loaded"))
+    at_start("smollm2-135m", [{}], first_token)
+    at_start("./none", prompts(), first_token)

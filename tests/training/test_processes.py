@@ -1,0 +1,94 @@
+"""Two processes make the run that one makes: the same draws, numbers and weights, whoever has how much to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import process_worker
+from gvpo.training.loop import GVPOTrainer
+from training_helpers import first_token, prompts, rows_of, same_weights, settings, tiny_model, weights
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that two processes have left their scenarios in."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": _path()}
+    worker = [str(HERE / "process_worker.py"), str(folder)]
+    done = subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def _path() -> str:
+    return os.pathsep.join([str(HERE), *sys.path])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    """Every scenario's weights and story, from one process."""
+    folder = tmp_path_factory.mktemp("one")
+    made = {}
+    for name, scenario in process_worker.SCENARIOS.items():
+        trainer = scenario(folder)
+        told = process_worker.story(trainer)
+        made[name] = weights(trainer.model), told
+    return made
+
+
+@pytest.mark.parametrize("name", process_worker.SCENARIOS)
+def test_two_processes_make_the_run_of_one(name: str, one: dict[str, Any], two: Path) -> None:
+    expected, alone = one[name]
+    together = json.loads((two / f"{name}.json").read_text())
+    assert (alone["world_size"], together["world_size"]) == (1, 2)
+    assert together["in_step"]
+    assert together["rollouts"] == json.loads(json.dumps(alone["rollouts"]))
+    assert len(together["history"]) == len(alone["history"])
+    # In single precision a log-ratio, a difference of log-probs, keeps fewer digits than they do.
+    tolerance = {"rel": 1e-3, "abs": 1e-5} if name == "single_precision" else {"rel": 1e-5, "abs": 1e-7}
+    for row, other in zip(together["history"], alone["history"], strict=True):
+        assert row == pytest.approx(other, **tolerance)
+    made = load_file(two / f"{name}.safetensors")
+    assert made.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(made[key], value, rtol=1e-5, atol=1e-7)
+    assert not same_weights(expected, weights(tiny_model().to(next(iter(expected.values())).dtype)))
+
+
+def test_the_scenarios_are_what_they_say(one: dict[str, Any], two: Path) -> None:
+    told = {name: json.loads((two / f"{name}.json").read_text()) for name in process_worker.SCENARIOS}
+    assert max(row.get("log_ratio/max", 0) for row in told["stale"]["history"]) > 5
+    assert max(row["members/dropped"] for row in told["stale"]["history"]) > 1
+    fewer = [first - second for first, second in zip(*told["stale"]["batches"], strict=True)]
+    assert min(fewer) < 0 < max(fewer)
+    assert min(map(min, told["split_groups"]["batches"])) > 1
+    assert all(0 in counts for counts in told["idle"]["batches"])
+    empty = [row for row in told["idle"]["history"] if row["loss"] == 0 and "reward" not in row]
+    assert empty and all(row["grad_norm"] == 0 for row in empty)
+    assert any("eval/reward" in row for row in told["sampled"]["history"])
+
+
+def test_the_main_process_alone_writes_and_any_number_goes_on(one: dict[str, Any], two: Path) -> None:
+    folder = two / "run"
+    together = json.loads((two / "saving.json").read_text())
+    assert rows_of(folder / "metrics.jsonl") == together["history"]
+    assert len(rows_of(folder / "timings.jsonl")) == 6
+    assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == ["step-3", "step-6"]
+    config = settings(groups_per_update=3, max_steps=6, reference="initial")
+    again = GVPOTrainer(tiny_model(8).double(), prompts(7), first_token, config=config)
+    again.train(resume_from_checkpoint=folder / "checkpoints" / "step-3")
+    for key, value in one["saving"][0].items():
+        torch.testing.assert_close(weights(again.model)[key], value, rtol=1e-5, atol=1e-7)
+    assert same_weights(load_file(two / "going_on.safetensors"), load_file(two / "saving.safetensors"))
