@@ -348,6 +348,13 @@ def test_batches_are_filled():
     assert [[prompt for prompt, _ in batch] for batch in batches] == [[0, 2], [3], [1]]
 
 
+def test_groups_of_different_sizes_can_share_a_batch():
+    sampler = TorchSampler(Counting(), [])
+    uniforms_NT = torch.zeros(4, 2, dtype=torch.float64)
+    rows = sampler._decode([[3], [1]], [1, 3], uniforms_NT, SamplingParams(2))
+    assert rows == [[4, 5], [2, 3], [2, 3], [2, 3]]
+
+
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
+from training_helpers import first_token, offline_groups, prompts, same_weights, settings, tiny_model, weights
 
 from gvpo.groups import Group
 from gvpo.training import loop
 from gvpo.training.loop import GVPOTrainer
-from training_helpers import first_token, offline_groups, prompts, same_weights, settings, tiny_model, weights
 
 
 def some_without(groups: list[Group]) -> list[Group]:

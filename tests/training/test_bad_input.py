@@ -9,11 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from gvpo.errors import UserError
-from gvpo.groups import Completion, Group
-from gvpo.training import processes
-from gvpo.training.loop import GVPOTrainer
 from training_helpers import (
     CHAT_TEMPLATE,
     VOCABULARY,
@@ -27,6 +22,11 @@ from training_helpers import (
     tiny_model,
     weights,
 )
+
+from gvpo.errors import UserError
+from gvpo.groups import Completion, Group
+from gvpo.training import processes
+from gvpo.training.loop import GVPOTrainer
 
 CHAT = [{"role": "user", "content": "abc"}]
 
@@ -235,5 +235,6 @@ def test_nothing_is_written_where_nothing_was_begun(tmp_path: Path) -> None:
 def test_text_mistakes_cost_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """With rows that are wrong, the model is not so much as looked for."""
     monkeypatch.setattr("gvpo.training.loop.load_model", lambda *_, **__: sys.exit("loaded"))
-    at_start("smollm2-135m", [{}], first_token)
+    at_start("some/model", [{}], first_token)
     at_start("./none", prompts(), first_token)
+    assert "./no-reference" in at_start("some/model", prompts(), first_token, reference="./no-reference")

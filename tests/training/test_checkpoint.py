@@ -15,10 +15,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor
-
-from gvpo.errors import UserError
-from gvpo.training import checkpoint as checkpoint_module
-from gvpo.training.loop import GVPOTrainer
 from training_helpers import (
     first_token,
     offline_groups,
@@ -30,6 +26,10 @@ from training_helpers import (
     tiny_model,
     weights,
 )
+
+from gvpo.errors import UserError
+from gvpo.training import checkpoint as checkpoint_module
+from gvpo.training.loop import GVPOTrainer
 
 
 def logging_reward(completion_ids: list[list[int]], log_metric: Any, trainer_state: Any, **kwargs: Any) -> list[Any]:
@@ -108,6 +108,18 @@ def test_every_checkpoint_gives_the_same_end(tmp_path: Path) -> None:
         assert same_weights(weights(again.model), weights(whole.model))
         # In a folder of its own, this run has the rows it made itself.
         assert again.history == whole.history[step:]
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_a_finished_run_can_be_made_longer(tmp_path: Path, n: int) -> None:
+    options = {"save_steps": n, "lr_scheduler_type": "constant"}
+    whole = trainer_in(tmp_path / "whole", prompts(7), max_steps=7, **options)
+    whole.train()
+    trainer_in(tmp_path / "parts", prompts(7), max_steps=n, **options).train()
+    again = trainer_in(tmp_path / "parts", prompts(7), max_steps=7, **options)
+    again.train(resume_from_checkpoint=tmp_path / "parts" / "checkpoints" / f"step-{n}")
+    assert same_weights(weights(again.model), weights(whole.model))
+    assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]
 
 
 def test_an_adapters_checkpoint_holds_the_adapter(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_a_name_near_to_none_points_at_the_list() -> None:
 
 def test_names_of_a_run_config_are_unknown_to_the_trainers() -> None:
     assert "'model'" in refusal(model="x")
-    assert RunConfig(model="x").model == "x"
+    named: dict[str, Any] = {"model": "x"}
+    assert RunConfig(**named).model == "x"
 
 
 @pytest.mark.parametrize(
@@ -215,14 +216,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
-    config = RunConfig(
-        learning_rate=1e-6,
-        reference=3,
-        reward_weights=[0.1, 2],
-        report_to=["tensorboard"],
-        token_budget=None,
-        model="é",
-    )
+    values: dict[str, Any] = {"learning_rate": 1e-6, "reference": 3, "reward_weights": [0.1, 2], "model": "é"}
+    config = RunConfig(**values, **{"token_budget": None, "report_to": ["tensorboard"]})
     assert RunConfig(**loaded(tmp_path, dump_config(config))) == config
 
 

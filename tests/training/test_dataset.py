@@ -9,12 +9,12 @@ from typing import Any
 
 import datasets
 import pytest
+from training_helpers import END, first_token, offline_groups, prompts, run, tiny_model
 
 from gvpo.errors import UserError
 from gvpo.group_files import write_groups
 from gvpo.groups import Completion, Group
 from gvpo.sources.dataset import PromptOrder, read_rows
-from training_helpers import END, first_token, offline_groups, prompts, run, tiny_model
 
 CHAT = [{"role": "user", "content": "Hello"}]
 
@@ -70,7 +70,7 @@ def test_a_dataset_of_the_datasets_library_fills_gaps_with_none() -> None:
 
 
 def test_groups_as_they_are() -> None:
-    group = Group("p", [Completion("a", reward=1.0, source="teacher"), Completion("b")], columns={"n": 1})
+    group = Group("p", [Completion("a", reward=1.0, source="teacher"), Completion("b")], id="g", columns={"n": 1})
     (row,) = read_rows([group])
     assert row.group() == group
     assert row.completions[0].source == "teacher"

@@ -13,14 +13,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-
-from gvpo.errors import UserError
-from gvpo.groups import Completion, Group
-from gvpo.sampling.sampler import SamplingParams
-from gvpo.sources.policy import draw_seed
-from gvpo.training import loop
-from gvpo.training.loop import GVPOTrainer
 from training_helpers import (
     CHAT_TEMPLATE,
     END,
@@ -34,6 +26,15 @@ from training_helpers import (
     tiny_model,
     weights,
 )
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from gvpo.errors import UserError
+from gvpo.group_files import read_groups
+from gvpo.groups import Completion, Group
+from gvpo.sampling.sampler import SamplingParams
+from gvpo.sources.policy import draw_seed
+from gvpo.training import loop
+from gvpo.training.loop import GVPOTrainer
 
 
 @pytest.fixture
@@ -123,6 +124,18 @@ def test_a_source_of_ones_own_fills_the_groups(updates: list[Any]) -> None:
 
     history = run(tiny_model(), prompts(), first_token, sources=Teacher(), max_steps=1).history
     assert [members for _, members in updates[0]] == [2, 2] and history[0]["source/teacher"] == 1
+
+
+def test_a_source_may_give_text(tmp_path: Path) -> None:
+    class Writer:
+        def fill(self, rows: Sequence[Any], seeds: Sequence[int]) -> list[Group]:
+            return [Group(row.prompt, [Completion("ab", source="teacher"), Completion("c")]) for row in rows]
+
+    options = {"tokenizer": letters_tokenizer(), "sources": Writer(), "max_steps": 1, "output_dir": str(tmp_path)}
+    history = run(tiny_model(), [{"prompt": "abc"}], first_token, **options).history
+    assert history[0]["completions/mean_length"] == (3 + 2) / 2  # the end token is one of them
+    group = next(read_groups(tmp_path / "completions" / "rollout-000001.jsonl"))
+    assert [completion.token_ids for completion in group.completions] == [[0, 1, END], [2, END]]
 
 
 def test_draws_depend_on_seed_and_place_alone() -> None:
@@ -289,7 +302,7 @@ def test_an_update_without_a_group_changes_nothing() -> None:
     class Mute:
         calls = 0
 
-        def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+        def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> Sequence[float | None]:
             self.calls += 1
             return first_token(completion_ids) if self.calls == 1 else [None] * len(completion_ids)
 
@@ -488,7 +501,7 @@ def test_dropout_is_found_where_the_first_rollout_teaches_nothing() -> None:
     class Late:
         calls = 0
 
-        def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+        def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> Sequence[float | None]:
             self.calls += 1
             return [None] * len(completion_ids) if self.calls == 1 else first_token(completion_ids)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training_helpers import naive_logprob, offline_groups, run, tiny_model
 
 from gvpo.evaluation.evaluator import evaluation_metrics
 from gvpo.groups import Completion, Group
 from gvpo.training.metrics import Member, members_of, update_metrics
-from training_helpers import naive_logprob, offline_groups, run, tiny_model
 
 
 def member(group: int, reward: float, logp: float = -1.0, ref_logp: float = -1.0, **changes: object) -> Member:
@@ -97,17 +97,17 @@ def test_a_row_of_training_against_plain_arithmetic(tmp_path: Path) -> None:
     losses, parts, ratios, stds = [], [], [], []
     explained = total = 0.0
     for group in data:
-        l, r = (
+        logps, refs = (
             np.array([naive_logprob(model, group.prompt_ids or [], c.token_ids or []) for c in group.completions])
             for model in (policy, reference)
         )
         rewards = np.array(group.rewards, dtype=float)
-        implicit = beta * (l - r)
+        implicit = beta * (logps - refs)
         residual = (implicit - implicit.mean()) - (rewards - rewards.mean())
         losses.append((residual**2).sum() / (group.k - 1) / 2)
-        covariance = np.cov(np.stack([l, r, rewards]))
-        parts.append([covariance[0, 2], covariance[0, 1], covariance[0, 0], np.var(rewards + beta * r, ddof=1) / 2])
-        ratios += (l - r).tolist()
+        covariance = np.cov(np.stack([logps, refs, rewards]))
+        parts.append([covariance[0, 2], covariance[0, 1], covariance[0, 0], np.var(rewards + beta * refs, ddof=1) / 2])
+        ratios += (logps - refs).tolist()
         stds.append(rewards.std())
         explained += (residual**2).sum()
         total += ((rewards - rewards.mean()) ** 2).sum()

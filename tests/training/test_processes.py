@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import process_worker
 import pytest
 import torch
 from safetensors.torch import load_file
-
-import process_worker
-from gvpo.training.loop import GVPOTrainer
 from training_helpers import first_token, prompts, rows_of, same_weights, settings, tiny_model, weights
+
+from gvpo.group_files import read_groups
+from gvpo.training.loop import GVPOTrainer
 
 HERE = Path(__file__).parent
 
@@ -57,9 +58,9 @@ def test_two_processes_make_the_run_of_one(name: str, one: dict[str, Any], two: 
     assert together["rollouts"] == json.loads(json.dumps(alone["rollouts"]))
     assert len(together["history"]) == len(alone["history"])
     # In single precision a log-ratio, a difference of log-probs, keeps fewer digits than they do.
-    tolerance = {"rel": 1e-3, "abs": 1e-5} if name == "single_precision" else {"rel": 1e-5, "abs": 1e-7}
+    relative, absolute = (1e-3, 1e-5) if name == "single_precision" else (1e-5, 1e-7)
     for row, other in zip(together["history"], alone["history"], strict=True):
-        assert row == pytest.approx(other, **tolerance)
+        assert row == pytest.approx(other, rel=relative, abs=absolute)
     made = load_file(two / f"{name}.safetensors")
     assert made.keys() == expected.keys()
     for key, value in expected.items():
@@ -86,6 +87,9 @@ def test_the_main_process_alone_writes_and_any_number_goes_on(one: dict[str, Any
     assert rows_of(folder / "metrics.jsonl") == together["history"]
     assert len(rows_of(folder / "timings.jsonl")) == 6
     assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == ["step-3", "step-6"]
+    for number, groups in enumerate(together["rollouts"], start=1):
+        written = list(read_groups(folder / "completions" / f"rollout-{number:06d}.jsonl"))
+        assert [[group.prompt_ids, [c.token_ids for c in group.completions]] for group in written] == groups
     config = settings(groups_per_update=3, max_steps=6, reference="initial")
     again = GVPOTrainer(tiny_model(8).double(), prompts(7), first_token, config=config)
     again.train(resume_from_checkpoint=folder / "checkpoints" / "step-3")

@@ -15,7 +15,7 @@ from gvpo.errors import UserError
 
 HELD_OUT = 200
 SHOWN = 5
-FULL_MARKS, PART_MARKS = "exact_match", "last_number"
+FULL_MARKS = "exact_match"
 
 
 def demo(
@@ -36,11 +36,11 @@ def demo(
     console.print(
         f"Loading SmolLM2-135M-Instruct. {len(train)} prompts to train on, {HELD_OUT} held out; such as:\n"
         f"  {train[0]['prompt'][0]['content']}\n"
-        f"Reward: 1 for exactly the number, 0.2 if the answer merely ends with it. beta {config.beta}.",
+        f"Reward: half for exactly the number, half for the share of the answer that it makes up. beta {config.beta}.",
         highlight=False,
     )
     trainer = GVPOTrainer(
-        "smollm2-135m", train, [FULL_MARKS, PART_MARKS], config=config, eval_dataset=held_out
+        "smollm2-135m", train, [FULL_MARKS, brevity], config=config, eval_dataset=held_out
     )
     start = time.perf_counter()
     trainer.train()
@@ -73,16 +73,25 @@ def demo_config(seed: int, output_dir: str | None, updates: int | None = None) -
 
     return GVPOConfig(
         max_steps=updates or 30,
-        learning_rate=2e-5,
+        learning_rate=4e-5,
         num_generations=8,
-        groups_per_update=16,
-        updates_per_rollout=2,
-        max_completion_length=12,
-        reward_weights=[0.8, 0.2],
+        groups_per_update=8,
+        updates_per_rollout=1,
+        max_completion_length=10,
+        reward_weights=[0.5, 0.5],
         eval_on_start=True,
         seed=seed,
         output_dir=output_dir,
     )
+
+
+def brevity(*, completions: list[Any], answer: list[str], **columns: Any) -> list[float | None]:
+    """How much of the completion is the right number: 1 for "63", 2/3 for "63.", 1/12 for "The larger number is 63."."""
+    from gvpo.rewards.ready import completion_text, last_number
+
+    right = last_number(completions=completions, answer=answer)
+    texts = [completion_text(completion).strip() for completion in completions]
+    return [mark and len(number) / len(text) for mark, number, text in zip(right, answer, texts, strict=True)]
 
 
 def make_task(seed: int, train: int = 2000) -> tuple[list[dict], list[dict]]:

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gvpo.models.modes import evaluating
+from gvpo.models.modes import probing
 
 CHUNK_ELEMENTS = 2**24
 """Logits alive at once: 64 MiB in float32, whatever the batch and the vocabulary."""
 
 _PROBE_TOLERANCE = 1e-4
+_PROBE_LOGITS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+"""Small ones, beside which a bias is seen, and large ones, on which a cap or a power is."""
 
 LogitTransform = Callable[[Tensor], Tensor]
 """Hidden states (M, D) to logits (M, V)."""
@@ -45,9 +48,9 @@ def token_logprobs(hidden_MD: Tensor, targets_M: Tensor, logits: LogitTransform,
 
 
 def gather_logprobs(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """log softmax(logits)[target] for each row, at least float32."""
+    """log softmax(logits)[target] for each row, at least float32, never above 0."""
     logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-    return logits_MV.gather(1, targets_M[:, None])[:, 0] - logits_MV.logsumexp(1)
+    return -nn.functional.cross_entropy(logits_MV, targets_M, reduction="none")
 
 
 def _chunk_logprobs(hidden_MD: Tensor, targets_M: Tensor, logits: LogitTransform) -> Tensor:
@@ -68,34 +71,49 @@ def find_head(model: Any) -> LogitTransform | None:
 
 
 def _candidates(model: Any) -> Iterator[Callable[[Any], LogitTransform]]:
+    """What the config suggests, the likeliest first: factors multiply or divide, and a model may ignore its config."""
     config = model.config.get_text_config()
-    cap = _first(config, "final_logit_softcapping", "logits_soft_cap")
+    cap = _first(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     factor = _first(config, "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-    for scale in [1.0] if factor is None else [factor, 1.0 / factor, 1.0]:
-        yield lambda model, scale=scale: _transform(model.get_output_embeddings(), scale, cap)
+    scales: list[LogitTransform] = [lambda logits: logits]
+    if factor is not None:
+        scales = [lambda logits: logits * factor, lambda logits: logits / factor, *scales]
+    caps: list[LogitTransform] = [lambda logits: logits]
+    if cap is not None:
+        caps = [lambda logits: torch.tanh(logits / cap) * cap, *caps]
+    for scaled, capped in product(scales, caps):
+        yield lambda model, scaled=scaled, capped=capped: _composed(model.get_output_embeddings(), scaled, capped)
 
 
-def _transform(head: nn.Module, scale: float, cap: float | None) -> LogitTransform:
-    def logits(hidden_MD: Tensor) -> Tensor:
-        logits_MV = head(hidden_MD)
-        if scale != 1.0:
-            logits_MV = logits_MV * scale
-        return logits_MV if cap is None else torch.tanh(logits_MV / cap) * cap
-
-    return logits
+def _composed(head: nn.Module, scaled: LogitTransform, capped: LogitTransform) -> LogitTransform:
+    return lambda hidden_MD: capped(scaled(head(hidden_MD)))
 
 
 def _first(config: Any, *names: str) -> float | None:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-@torch.no_grad()
 def _fits(model: Any, logits: LogitTransform) -> bool:
-    embeddings = model.get_input_embeddings()
-    tokens = torch.arange(8, device=embeddings.weight.device)[None] % embeddings.num_embeddings
-    inputs = {"input_ids": tokens, "position_ids": torch.arange(8, device=tokens.device)[None], "use_cache": False}
-    with evaluating(model):
-        own = model(**inputs).logits.float()
-        hidden = model.base_model(**inputs).last_hidden_state
-        ours = logits(hidden).float()
-    return ours.shape == own.shape and bool((ours - own).abs().max() <= _PROBE_TOLERANCE * own.abs().max())
+    """Whether these are the model's own logits, at every size: its hidden states are rescaled on their way to them."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ids = torch.arange(len(_PROBE_LOGITS), device=embeddings.weight.device)[None] % embeddings.num_embeddings
+    seen: list[Tensor] = []
+
+    def rescale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        hidden = output.last_hidden_state
+        sizes = torch.tensor(_PROBE_LOGITS, dtype=hidden.dtype, device=hidden.device)[None, :, None]
+        output.last_hidden_state = hidden * (sizes / head(hidden).abs().amax(-1, keepdim=True))
+        seen.append(output.last_hidden_state)
+        return output
+
+    hook = model.base_model.register_forward_hook(rescale)
+    try:
+        with probing(model):
+            own = model(input_ids=ids, use_cache=False).logits.float()
+            if len(seen) != 1:
+                return False
+            ours = logits(seen[0]).float()
+    finally:
+        hook.remove()
+    error = (ours - own).abs().amax(-1)
+    return ours.shape == own.shape and bool((error <= _PROBE_TOLERANCE * own.abs().amax(-1)).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -18,6 +19,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in was_training:
             module.training = training
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no graph, and the model's own precision, whatever autocast the caller is in."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def disable_dropout(model: nn.Module) -> None:

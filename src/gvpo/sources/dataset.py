@@ -19,7 +19,7 @@ class Row:
     """One row of a dataset: a prompt to draw completions for, or an offline group.
 
     completions: empty where a source must draw them. has_rewards: the completions' own rewards win over functions.
-    where: how messages name the row ("data.jsonl, line 3").
+    where: how messages name the row ("data.jsonl, line 3"). id: a given group's own.
     """
 
     prompt: str | list[dict] | None
@@ -27,6 +27,7 @@ class Row:
     columns: dict[str, Any]
     completions: tuple[Completion, ...]
     where: str
+    id: str | None = None
 
     @property
     def offline(self) -> bool:
@@ -41,7 +42,7 @@ class Row:
     def group(self, completions: Iterable[Completion] | None = None) -> Group:
         """A group of this prompt with these completions (its own by default), sharing nothing mutable with the row."""
         members = [replace(completion) for completion in (self.completions if completions is None else completions)]
-        return Group(self.prompt, members, prompt_ids=self.prompt_ids, columns=dict(self.columns))
+        return Group(self.prompt, members, prompt_ids=self.prompt_ids, id=self.id, columns=dict(self.columns))
 
 
 def read_rows(data: Any, *, prompt_column: str = "prompt", name: str = "train_dataset") -> list[Row]:
@@ -100,7 +101,7 @@ def _row(row: Any, where: str, prompt_column: str) -> Row:
 def _group_row(group: Group, where: str) -> Row:
     if not group.completions:
         raise FieldError("completions", "none; give a row with a prompt to have them drawn")
-    return Row(group.prompt, group.prompt_ids, group.columns, tuple(group.completions), where)
+    return Row(group.prompt, group.prompt_ids, group.columns, tuple(group.completions), where, group.id)
 
 
 def _mapping_row(row: Mapping[str, Any], where: str, prompt_column: str) -> Row:

@@ -83,7 +83,7 @@ class GVPOConfig(BaseModel):
     run_name: str | None = Field(None, description="Name of the run for trackers.")
     logging_steps: PositiveInt = Field(1, description="Updates between two lines in the terminal and the trackers.")
     num_completions_to_print: int = Field(
-        0, ge=0, description="Completions shown in the terminal at every logging step; all are kept in the run folder."
+        0, ge=0, description="Completions of each rollout shown in the terminal; all are kept in the run folder."
     )
     disable_tqdm: bool = Field(False, description="No progress display in the terminal.")
     report_to: str | list[str] = Field(

@@ -180,7 +180,7 @@ class GVPOTrainer:
             drawn = self.source.fill([rows[n] for n in sampled], [seeds[n] for n in sampled]) if sampled else []
         by_place = dict(zip(sampled, drawn, strict=True))
         groups = [
-            by_place[n] if n in by_place else tokenized(row.group(), self.tokenizer) for n, row in enumerate(rows)
+            tokenized(by_place[n] if n in by_place else row.group(), self.tokenizer) for n, row in enumerate(rows)
         ]
         progress.position += count
         progress.rollout += 1
