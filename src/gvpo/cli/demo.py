@@ -23,7 +23,7 @@ def demo(
     output_dir: Annotated[str, typer.Option(help="Run folder; the demo replaces its own.")] = "runs/demo",
     updates: Annotated[int | None, typer.Option(help="Updates, if not the demo's own number.")] = None,
 ) -> None:
-    """Teach the embedded model to answer "Which number is larger, a or b?" with only the number."""
+    """Teach the embedded model to pick the larger of two numbers, and to answer with the number alone."""
     from rich.console import Console
 
     from gvpo.report.terminal import plot
@@ -35,13 +35,11 @@ def demo(
     console = Console()
     console.print(
         f"Loading SmolLM2-135M-Instruct. {len(train)} prompts to train on, {HELD_OUT} held out; such as:\n"
-        f"  {train[0]['prompt'][0]['content']}\n"
-        f"Reward: half for exactly the number, half for the share of the answer that it makes up. beta {config.beta}.",
+        f"  {train[0]['prompt'][-1]['content']}\n"
+        f"Reward: 0.8 for exactly the number, 0.2 times the share of the answer that it makes up. beta {config.beta}.",
         highlight=False,
     )
-    trainer = GVPOTrainer(
-        "smollm2-135m", train, [FULL_MARKS, brevity], config=config, eval_dataset=held_out
-    )
+    trainer = GVPOTrainer("smollm2-135m", train, [FULL_MARKS, brevity], config=config, eval_dataset=held_out)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -73,12 +71,12 @@ def demo_config(seed: int, output_dir: str | None, updates: int | None = None) -
 
     return GVPOConfig(
         max_steps=updates or 30,
-        learning_rate=4e-5,
+        learning_rate=3e-5,
         num_generations=8,
         groups_per_update=8,
         updates_per_rollout=1,
         max_completion_length=10,
-        reward_weights=[0.5, 0.5],
+        reward_weights=[0.8, 0.2],
         eval_on_start=True,
         seed=seed,
         output_dir=output_dir,
@@ -86,7 +84,7 @@ def demo_config(seed: int, output_dir: str | None, updates: int | None = None) -
 
 
 def brevity(*, completions: list[Any], answer: list[str], **columns: Any) -> list[float | None]:
-    """How much of the completion is the right number: 1 for "63", 2/3 for "63.", 1/12 for "The larger number is 63."."""
+    """How much of the completion is the right number: 1 for "63", 2/3 for "63.", 1/12 for "The larger number is 63"."""
     from gvpo.rewards.ready import completion_text, last_number
 
     right = last_number(completions=completions, answer=answer)
@@ -104,8 +102,9 @@ def make_task(seed: int, train: int = 2000) -> tuple[list[dict], list[dict]]:
 
 
 def _row(a: int, b: int) -> dict[str, Any]:
-    question = f"Which number is larger, {a} or {b}? Answer with only the number."
-    return {"prompt": [{"role": "user", "content": question}], "answer": str(max(a, b))}
+    messages = [{"role": "system", "content": "You answer with one number. No words."}]
+    messages.append({"role": "user", "content": f"Pick the larger number: {a}, {b}"})
+    return {"prompt": messages, "answer": str(max(a, b))}
 
 
 def _accuracy(row: dict[str, Any]) -> float:
@@ -135,5 +134,5 @@ def _show_answers(console: Any, folder: Path, updates: int) -> None:
     for old, new in list(zip(before, after, strict=True))[:SHOWN]:
         question = old.prompt[-1]["content"] if isinstance(old.prompt, list) else str(old.prompt)
         answers = [shorten(plain(group.completions[0].text or ""), 60) for group in (old, new)]
-        table.add_row(Text(question.removesuffix(" Answer with only the number.")), *map(Text, answers))
+        table.add_row(Text(question), *map(Text, answers))
     console.print(table)

@@ -47,7 +47,9 @@ def train(
         return
     check_has_data(run)
     from gvpo.training.loop import GVPOTrainer
+    from gvpo.training.run_folder import RunFolder
 
+    RunFolder(run.output_dir, resume=resume_from_checkpoint is not None)  # refused before weights load
     trainer = GVPOTrainer(run.model, run.train_dataset, run.reward_funcs, config=run, eval_dataset=run.eval_dataset)
     trainer.train(resume_from_checkpoint=True if resume_from_checkpoint == "latest" else resume_from_checkpoint)
     if os.environ.get("RANK", "0") == "0":
@@ -70,7 +72,7 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
     from gvpo.rewards.resolve import resolve_rewards
     from gvpo.sources.dataset import read_rows
     from gvpo.training.data_checks import check_rewards
-    from gvpo.training.loop import _choose_reference, _updates_of
+    from gvpo.training.plan import choose_reference, planned_updates
 
     check_has_data(run)
     functions = [] if run.reward_funcs is None else resolve_rewards(run.reward_funcs)
@@ -79,7 +81,7 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
         for name, data in (("train_dataset", run.train_dataset), ("eval_dataset", run.eval_dataset))
     )
     check_rewards(rows, eval_rows, functions, run.reward_weights)
-    reference = _choose_reference(run, rows)
+    reference = choose_reference(run, rows)
     check_model(run.model)
     sizes = sorted({run.groups_per_update * (len(row.completions) or run.num_generations) for row in rows})
     return [
@@ -92,7 +94,7 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
         ("model", _found(run.model)),
         ("reference", str(reference)),
         ("device", str(device())),
-        ("updates", str(run.max_steps or _updates_of(run, len(rows)))),
+        ("updates", str(planned_updates(run, len(rows)))),
         ("prompts per rollout", str(run.groups_per_rollout)),
         ("completions per update", " to ".join(str(size) for size in dict.fromkeys([sizes[0], sizes[-1]]))),
         ("run folder", _folder(run.output_dir)),

@@ -38,7 +38,7 @@ class Batch:
     @property
     def positions(self) -> int:
         """Token positions of the forward, padding included."""
-        return len(self.rows) * max(row.length for row in self.rows)
+        return len(self.rows) * _width(self.rows)
 
     @property
     def members(self) -> list[Member]:
@@ -55,10 +55,11 @@ def plan_batches(groups: Sequence[EncodedGroup], token_budget: int | None, share
     if token_budget is None:
         rows = [row for index, group in enumerate(groups) for row in _rows(index, group, None, share_prefix)]
         return [Batch(rows, whole=True)] if rows else []
+    # Groups of one length together pad the least.
+    planned = sorted((_rows(*item, token_budget, share_prefix) for item in enumerate(groups)), key=_width, reverse=True)
     batches: list[Batch] = []
     open_rows: list[Row] = []
-    for index in _longest_first(groups):
-        rows = _rows(index, groups[index], token_budget, share_prefix)
+    for rows in planned:
         if _fits([*open_rows, *rows], token_budget):
             open_rows += rows
             continue
@@ -69,13 +70,6 @@ def plan_batches(groups: Sequence[EncodedGroup], token_budget: int | None, share
             batches += [Batch(part, whole=False) for part in _split(rows, token_budget)]
             open_rows = []
     return [*batches, Batch(open_rows, whole=True)] if open_rows else batches
-
-
-def _longest_first(groups: Sequence[EncodedGroup]) -> list[int]:
-    def longest(index: int) -> int:
-        return max(groups[index].length(member) for member in range(len(groups[index].completion_ids)))
-
-    return sorted(range(len(groups)), key=longest, reverse=True)
 
 
 def _rows(index: int, group: EncodedGroup, token_budget: int | None, share_prefix: bool) -> list[Row]:
@@ -100,8 +94,12 @@ def _rows(index: int, group: EncodedGroup, token_budget: int | None, share_prefi
     return [*rows, Row(index, members, length)]
 
 
+def _width(rows: list[Row]) -> int:
+    return max(row.length for row in rows)
+
+
 def _fits(rows: list[Row], token_budget: int) -> bool:
-    return len(rows) * max(row.length for row in rows) <= token_budget
+    return len(rows) * _width(rows) <= token_budget
 
 
 def _split(rows: list[Row], token_budget: int) -> list[list[Row]]:
@@ -134,20 +132,25 @@ def build_inputs(groups: Sequence[EncodedGroup], batch: Batch, device: torch.dev
     """The tensors of a batch. Padding stands on the right, where no causal model sees it from a real token."""
     packed = [_pack(groups[row.group], row.members) for row in batch.rows]
     width = max(len(row.ids) for row in packed)
-    shape = (len(packed), width)
-    ids, positions = torch.zeros(shape, dtype=torch.long), torch.arange(width).repeat(len(packed), 1)
-    sources, targets, members, offset = [], [], [], 0
-    for number, row in enumerate(packed):
-        ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        positions[number, : len(row.ids)] = torch.tensor(row.positions)
+    # Padding is placed no further than a real token: beyond the last learned position there is no embedding.
+    furthest = max(max(row.positions) for row in packed)
+    ids, positions, sources, targets, members = [], [], [], [], []
+    scored = 0
+    for number, (row, planned) in enumerate(zip(packed, batch.rows, strict=True)):
+        padding = range(len(row.ids), width)
+        ids.append(row.ids + [0] * len(padding))
+        positions.append(row.positions + [min(column, furthest) for column in padding])
         sources += [number * width + source for source in row.sources]
         targets += row.targets
-        members += [offset + member for member in row.members]
-        offset += len(batch.rows[number].members)
+        members += [scored + member for member in row.members]
+        scored += len(planned.members)
+
+    def tensor(values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
     shared = any(len(row.members) > 1 for row in batch.rows)
-    mask = _prefix_mask([row.segments for row in packed], width) if shared else None
-    move = (ids, positions, mask, torch.tensor(sources), torch.tensor(targets), torch.tensor(members))
-    return Inputs(*(None if tensor is None else tensor.to(device) for tensor in move))  # pyright: ignore
+    mask_BL = _prefix_mask([row.segments for row in packed], width).to(device) if shared else None
+    return Inputs(tensor(ids), tensor(positions), mask_BL, tensor(sources), tensor(targets), tensor(members))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +182,7 @@ def _pack(group: EncodedGroup, members: Sequence[int]) -> _PackedRow:
 
 
 def _prefix_mask(segments: list[list[int]], width: int) -> Tensor:
-    """(B, 1, L, L), True where a query sees a key: causal, and the key is prompt (segment 0) or of the same completion."""
+    """(B, 1, L, L), True where a query sees a key: an earlier one, of the prompt (segment 0) or the same completion."""
     segment_BL = torch.full((len(segments), width), -1)
     for number, row in enumerate(segments):
         segment_BL[number, : len(row)] = torch.tensor(row)

@@ -1,10 +1,9 @@
-"""From groups to token ids: prompt and completion are tokenized apart and concatenated, sampled ids are used as they are."""
+"""From groups to token ids: prompt and completion are tokenized apart and concatenated; given ids stay as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from gvpo.errors import UserError
@@ -55,7 +54,8 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Any) -> list[int]:
         return list(tokenizer.encode(render_chat(prompt, tokenizer), add_special_tokens=False))
     ids = list(tokenizer.encode(prompt))
     end = tokenizer.eos_token_id
-    if ids and ids[-1] == end and list(tokenizer.encode(prompt, add_special_tokens=False))[-1:] != [end]:
+    # A lone end token is the beginning: some tokenizers have one token for both.
+    if len(ids) > 1 and ids[-1] == end and list(tokenizer.encode(prompt, add_special_tokens=False))[-1:] != [end]:
         ids.pop()
     return ids
 
@@ -63,6 +63,8 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Any) -> list[int]:
 def render_chat(messages: list[dict], tokenizer: Any, *, add_generation_prompt: bool = True) -> str:
     """The text of a conversation under the tokenizer's chat template, ready for the assistant's turn.
 
+    An assistant's last message is a turn that has begun: it stays open, and the completion goes on with it. With
+    add_generation_prompt False the conversation is rendered as it stands.
     Raises UserError if there is no template, or the template refuses the messages.
     """
     if not getattr(tokenizer, "chat_template", None):
@@ -72,26 +74,28 @@ def render_chat(messages: list[dict], tokenizer: Any, *, add_generation_prompt: 
         )
     from jinja2 import TemplateError
 
+    begun = add_generation_prompt and messages[-1]["role"] == "assistant"
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt and not begun,
+            continue_final_message=begun,
+        )
+    except (TemplateError, TypeError) as error:
         raise UserError(f"the tokenizer's chat template refuses the messages {messages!r:.200}: {error}") from error
 
 
 def turn_end_id(tokenizer: Any) -> int | None:
     """The token with which the chat template ends an assistant turn; None if it ends with no special token."""
-    return _turn_end_id(tokenizer, getattr(tokenizer, "chat_template", None))
-
-
-@lru_cache(maxsize=16)
-def _turn_end_id(tokenizer: Any, chat_template: str | None) -> int | None:
-    if chat_template is None:
+    if not getattr(tokenizer, "chat_template", None):
         return None
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
     rendered = render_chat(turns, tokenizer, add_generation_prompt=False)
-    tail = rendered[rendered.rindex(_PROBE) + len(_PROBE) :] if _PROBE in rendered else ""
+    _, found, tail = rendered.rpartition(_PROBE)
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    return next((token for token in tokenizer.encode(tail, add_special_tokens=False) if token in special), None)
+    ids = tokenizer.encode(tail, add_special_tokens=False) if found else []
+    return next((token for token in ids if token in special), None)
 
 
 def end_token(prompt: str | list[dict] | None, tokenizer: Any) -> int | None:
@@ -121,11 +125,16 @@ def _encode_group(group: Group, tokenizer: Any | None, where: str) -> EncodedGro
         prompt_ids = encode_prompt(group.prompt, tokenizer)
     if not prompt_ids:
         raise UserError(f"{where}, field 'prompt': no tokens; the first completion token needs one before it")
-    completion_ids = [_encode_completion(completion, group.prompt, tokenizer) for completion in group.completions]
+    completion_ids = [
+        _encode_completion(completion, group.prompt, tokenizer, f"{where}, member {member}")
+        for member, completion in enumerate(group.completions)
+    ]
     return EncodedGroup(list(prompt_ids), completion_ids, [completion.loss_mask for completion in group.completions])
 
 
-def _encode_completion(completion: Completion, prompt: str | list[dict] | None, tokenizer: Any | None) -> list[int]:
+def _encode_completion(
+    completion: Completion, prompt: str | list[dict] | None, tokenizer: Any | None, where: str
+) -> list[int]:
     if completion.token_ids is not None:
         return list(completion.token_ids)
     assert tokenizer is not None
@@ -135,7 +144,7 @@ def _encode_completion(completion: Completion, prompt: str | list[dict] | None, 
     end = end_token(prompt, tokenizer)
     if end is None:
         raise UserError(
-            "a text completion that is not truncated needs an end token, and the tokenizer has none; "
+            f"{where}: text that is not truncated gets an end token, and the tokenizer has none; "
             "set tokenizer.eos_token, or give token_ids"
         )
     return [*ids, end]

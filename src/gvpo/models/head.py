@@ -1,4 +1,4 @@
-"""The log-prob head: hidden states to the log-probs of given tokens, in chunks that are recomputed in the backward pass.
+"""The log-prob head: hidden states to the log-probs of given tokens, in chunks that the backward pass recomputes.
 
 Covered: any model whose logits are its output embedding of the base model's last hidden state, times a constant
 (Cohere, Granite), softly capped (Gemma 2). Which transform a model applies is read from its config and then measured
@@ -94,26 +94,31 @@ def _first(config: Any, *names: str) -> float | None:
 
 
 def _fits(model: Any, logits: LogitTransform) -> bool:
-    """Whether these are the model's own logits, at every size: its hidden states are rescaled on their way to them."""
+    """Whether these are the model's own logits: it is given hidden states of every size on their way into its head."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     ids = torch.arange(len(_PROBE_LOGITS), device=embeddings.weight.device)[None] % embeddings.num_embeddings
-    seen: list[Tensor] = []
-
-    def rescale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        hidden = output.last_hidden_state
+    taken: list[Tensor] = []
+    with probing(model):
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            return False
         sizes = torch.tensor(_PROBE_LOGITS, dtype=hidden.dtype, device=hidden.device)[None, :, None]
-        output.last_hidden_state = hidden * (sizes / head(hidden).abs().amax(-1, keepdim=True))
-        seen.append(output.last_hidden_state)
-        return output
+        resized = hidden * (sizes / head(hidden).abs().amax(-1, keepdim=True))
 
-    hook = model.base_model.register_forward_hook(rescale)
-    try:
-        with probing(model):
-            own = model(input_ids=ids, use_cache=False).logits.float()
-            if len(seen) != 1:
-                return False
-            ours = logits(seen[0]).float()
-    finally:
-        hook.remove()
-    error = (ours - own).abs().amax(-1)
-    return ours.shape == own.shape and bool((error <= _PROBE_TOLERANCE * own.abs().amax(-1)).all())
+        def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            taken.append(args[0])
+            return (resized, *args[1:])
+
+        hook = head.register_forward_pre_hook(replace)
+        try:
+            own = model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        return len(taken) == 1 and _close(taken[0], hidden) and _close(logits(resized), own)
+
+
+def _close(ours: Tensor, own: Tensor) -> bool:
+    if ours.shape != own.shape:
+        return False
+    error = (ours.float() - own.float()).abs().amax(-1)
+    return bool((error <= _PROBE_TOLERANCE * own.float().abs().amax(-1)).all())

@@ -1,8 +1,15 @@
-"""Loading a causal language model: hub id, folder, GGUF file, or the embedded default. Float32, safetensors, no remote code."""
+"""Loading a causal language model: hub id, folder, adapter folder, GGUF file, or the embedded default.
+
+Float32 weights from safetensors or GGUF; no pickles, no remote code.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,48 +33,160 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal model and its tokenizer, ready to train and to save.
 
-    name_or_path: a hub id, a folder, a .gguf file, or "smollm2-135m" (embedded). dtype: of the weights; float32 masters
-    are what training wants, bf16 belongs to autocast. device: where to put it, default the CPU. attn_implementation:
-    as in transformers.
-    Returns (model, tokenizer), the model in evaluation mode; tokenizer None where a folder has none.
+    name_or_path: a hub id, a folder, the folder of a PEFT adapter, a .gguf file, or "smollm2-135m" (embedded). dtype:
+    of the weights; float32 masters are what training wants, bf16 belongs to autocast. device: where to put it, default
+    the CPU. attn_implementation: as in transformers.
+    Returns (model, tokenizer), the model in evaluation mode; an adapter as a PeftModel of which the adapter alone
+    trains; tokenizer None where a folder has none.
     Raises UserError, one line, if there is no such model, no weights in safetensors, or the file cannot be read.
     """
-    name = str(name_or_path)
-    path = _embedded_file() if name == EMBEDDED else Path(name)
-    extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    if path.suffix == ".gguf":
-        model, tokenizer = _load_gguf(path, dtype, extra)
+    name, path = str(name_or_path), Path(name_or_path)
+    check_model(name)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if name == EMBEDDED or path.suffix == ".gguf":
+        model, tokenizer = _load_gguf(name, _embedded_file() if name == EMBEDDED else path, options)
+    elif _is_adapter(path):
+        model, tokenizer = _load_adapter(path, dtype, attn_implementation)
     else:
-        check_model(name)
-        model, tokenizer = _load_folder_or_hub(name, dtype, extra)
+        model, tokenizer = _load_weights(name, name, options | {"use_safetensors": True}), load_tokenizer(name)
     model.eval()
-    return (model if device is None else model.to(device)), tokenizer  # pyright: ignore[reportArgumentType]
+    return (model if device is None else model.to(device)), tokenizer  # pyright: ignore[reportReturnType]
 
 
 def check_model(name_or_path: str | Path) -> None:
-    """Refuse early what cannot be loaded: a missing file, a folder without config or weights.
+    """Refuse early what cannot be loaded: a missing file or package, a folder without config or weights.
 
     Cheap: reads no weights. A hub id is only checked for its form; load_model asks the hub.
     Raises UserError.
     """
     name, path = str(name_or_path), Path(name_or_path)
-    if name == EMBEDDED:
-        _embedded_file()
-    elif path.suffix == ".gguf":
-        if not path.is_file():
+    if name == EMBEDDED or path.suffix == ".gguf":
+        if not (_embedded_file() if name == EMBEDDED else path).is_file():
             raise UserError(f"model {name!r}: no such file")
-        if importlib.util.find_spec("gguf") is None:
-            raise UserError(f"model {name!r}: reading GGUF needs the gguf package; pip install 'gvpo[gguf]'")
+        _need("gguf", f"model {name!r}: reading GGUF")
     elif path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if _is_adapter(path):
+            _need("peft", f"model {name!r}: loading an adapter")
+        elif not (path / "config.json").is_file():
             raise UserError(f"model {name!r}: the folder has no config.json; give the folder that save_model wrote")
         if not any(path.glob("*.safetensors")):
             raise UserError(
-                f"model {name!r}: the folder has no weights in safetensors; pickled weights (.bin, .pt) are not loaded: "
-                "convert them with save_pretrained"
+                f"model {name!r}: the folder has no weights in safetensors; pickled weights (.bin, .pt) are not "
+                "loaded: convert them with save_pretrained"
             )
     elif name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
         raise UserError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or {EMBEDDED!r}")
+
+
+def load_tokenizer(name: str) -> Any | None:
+    """The tokenizer of a folder or hub id; None if a folder has none. Raises UserError if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    path = Path(name)
+    if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+        return None
+    with _reading(f"model {name!r}: its tokenizer"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _load_weights(name: str, source: str | Path, options: dict[str, Any]) -> Any:
+    """The model from a hub id or folder, every weight from its files."""
+    from transformers import AutoModelForCausalLM
+
+    with _reading(f"model {name!r}:"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    model, report = loaded
+    # transformers would go on with random weights in their place.
+    absent = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if absent:
+        raise UserError(
+            f"model {name!r}: {len(absent)} weights are missing or of another shape than config.json says, the first "
+            f"is {absent[0]}; give the config.json that belongs to the weights"
+        )
+    return model
+
+
+def _load_gguf(name: str, path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    import gguf
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    how: dict[str, Any] = {"gguf_file": path.name}
+    if hasattr(transformers, "GgufConfig"):
+        # Where matmul kernels are installed the weights would stay packed, which cannot be trained.
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _parsed_once():
+        loaded = _load_weights(name, path.parent, options | how)
+        tokenizer = None
+        if "tokenizer.ggml.model" in gguf.GGUFReader(str(path)).fields:
+            with _reading(f"model {name!r}: its tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # from_pretrained marks the model as quantized, which then refuses to train and to save: build it afresh.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    _copy_buffers(loaded, model)
+    model.generation_config = loaded.generation_config
+    model.requires_grad_(True)
+    config._name_or_path = name
+    return model, tokenizer
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turn what the readers of broken or foreign files raise into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (ArithmeticError, LookupError, OSError, RuntimeError, ValueError, SafetensorError, struct.error) as error:
+        message = str(error).strip() or type(error).__name__
+        raise UserError(f"{what} cannot be loaded: {message.splitlines()[0]}") from error
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside the block a GGUF file is parsed once: transformers asks for it three times, and the parser is slow."""
+    import gguf
+
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in originals.items():
+            setattr(gguf, name, cache(function))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(gguf, name, function)
+
+
+def _copy_buffers(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Buffers that the state dict leaves out (rotary frequencies) are still on the meta device."""
+    for name, buffer in source.named_buffers():
+        module_name, _, buffer_name = name.rpartition(".")
+        if target.get_buffer(name).is_meta:
+            target.get_submodule(module_name).register_buffer(buffer_name, buffer, persistent=False)
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
+def _load_adapter(path: Path, dtype: torch.dtype, attn_implementation: str | None) -> tuple[Any, Any]:
+    from peft import PeftConfig, PeftModel
+
+    base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not base_name:
+        raise UserError(f"model {str(path)!r}: adapter_config.json names no base model; set base_model_name_or_path")
+    base, tokenizer = load_model(base_name, dtype=dtype, attn_implementation=attn_implementation)
+    return PeftModel.from_pretrained(base, str(path), is_trainable=True), load_tokenizer(str(path)) or tokenizer
 
 
 def _embedded_file() -> Path:
@@ -80,63 +199,6 @@ def _embedded_file() -> Path:
     return files[0]
 
 
-def _load_gguf(path: Path, dtype: torch.dtype, extra: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    check_model(path)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise UserError(f"model {str(path)!r}: cannot be read as GGUF: {_first_line(error)}") from error
-    # from_pretrained marks the model as quantized, which then refuses to train and to save: build it afresh.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    generation_config = loaded.generation_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **extra)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    _copy_buffers(loaded, model)
-    model.generation_config = generation_config
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    config._name_or_path = path.stem
-    return model, tokenizer
-
-
-def _copy_buffers(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Buffers that the state dict leaves out (rotary frequencies) are still on the meta device."""
-    for name, buffer in source.named_buffers():
-        module_name, _, buffer_name = name.rpartition(".")
-        target.get_submodule(module_name).register_buffer(buffer_name, buffer, persistent=False)
-
-
-def _load_folder_or_hub(name: str, dtype: torch.dtype, extra: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r}: cannot be loaded: {_first_line(error)}") from error
-    return model, load_tokenizer(name)
-
-
-def load_tokenizer(name: str) -> Any | None:
-    """The tokenizer of a folder or hub id; None if a folder has none."""
-    from transformers import AutoTokenizer
-
-    path = Path(name)
-    if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r}: its tokenizer cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _need(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{what} needs the {package} package; pip install 'gvpo[{package}]'")

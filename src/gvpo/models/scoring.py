@@ -1,7 +1,14 @@
-"""Log-probs of completions under a model: the one place where sequences are scored."""
+"""Log-probs of completions under a model: the one place where sequences are scored.
+
+Covered: causal language models of transformers, PEFT adapters, any attention. A group is one row, its prompt once, only
+where the model is known to allow it: full attention by eager or SDPA, and positions that are told. Not covered: models
+whose rotary frequencies change with the longest sequence of a batch (rope_type "longrope" or "dynamic", beyond the
+length they were first trained with).
+"""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +21,12 @@ from gvpo.groups import Group
 from gvpo.models.batches import Batch, Inputs, build_inputs, plan_batches
 from gvpo.models.encoding import EncodedGroup, encode_groups
 from gvpo.models.head import find_head, gather_logprobs, token_logprobs
-from gvpo.models.modes import evaluating
+from gvpo.models.modes import probing
 
-_SHARING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Nats a token; 0.05 for half precision."""
+_PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Of two computations of one state, relative to the largest; 0.05 in half precision."""
+
+_WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "attention_chunk_size")
 
 _sharing: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
 
@@ -28,6 +37,7 @@ class Scorer(nn.Module):
     This is what data-parallel wrappers wrap, so that their hooks run on the forward that is back-propagated.
     shares_prefix: whether the model honours positions and a 4-D mask, so that a group can be one row with its prompt
     once; measured here, against one row a completion.
+    Raises UserError for a model that is not causal.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,20 +50,28 @@ class Scorer(nn.Module):
         self.vocabulary = int(causal.get_input_embeddings().num_embeddings)
         self.context = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
         self.attention = causal.config._attn_implementation
+        self.takes_positions = "position_ids" in inspect.signature(causal.base_model.forward).parameters
         self.shares_prefix = _may_share(self)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Log-probs of the M scored tokens of a batch, float32 (float64 for a float64 model)."""
+        if self.head is None:
+            return gather_logprobs(self.states(inputs), inputs.targets_M)
+        return token_logprobs(self.states(inputs), inputs.targets_M, self.head, self.vocabulary)
+
+    def states(self, inputs: Inputs) -> Tensor:
+        """What the M tokens are predicted from: hidden states (M, D), or, where no head fits, logits (M, V)."""
         causal: Any = causal_lm(self.model)
-        arguments = {"input_ids": inputs.input_ids_BL, "position_ids": inputs.position_ids_BL, "use_cache": False}
+        arguments: dict[str, Any] = {"input_ids": inputs.input_ids_BL, "use_cache": False}
+        if self.takes_positions:
+            arguments["position_ids"] = inputs.position_ids_BL
         if inputs.mask_BL is not None:
             arguments["attention_mask"] = self._attention_mask(inputs.mask_BL)
         if self.head is None:
-            logits_BLV = causal(**arguments).logits
-            return gather_logprobs(logits_BLV.flatten(0, 1)[inputs.sources_M], inputs.targets_M)
-        hidden_BLD = causal.base_model(**arguments).last_hidden_state
-        hidden_MD = hidden_BLD.flatten(0, 1)[inputs.sources_M]
-        return token_logprobs(hidden_MD, inputs.targets_M, self.head, self.vocabulary)
+            states_BLX = causal(**arguments).logits
+        else:
+            states_BLX = causal.base_model(**arguments).last_hidden_state
+        return states_BLX.flatten(0, 1)[inputs.sources_M]
 
     def _attention_mask(self, seen: Tensor) -> Tensor:
         if self.attention == "sdpa":
@@ -147,7 +165,7 @@ def _check(number: int, group: EncodedGroup, scorer: Scorer) -> None:
                 f"group {number}, member {member}: token id {largest} is outside the model's vocabulary of "
                 f"{scorer.vocabulary}; were the ids made by another tokenizer?"
             )
-        if scorer.context is not None and group.length(member) > scorer.context:
+        if scorer.context is not None and 0 < scorer.context < group.length(member):
             raise UserError(
                 f"group {number}, member {member}: prompt and completion are {group.length(member)} tokens, more than "
                 f"the model's context of {scorer.context}; shorten or drop it"
@@ -155,32 +173,48 @@ def _check(number: int, group: EncodedGroup, scorer: Scorer) -> None:
 
 
 def _may_share(scorer: Scorer) -> bool:
-    """Whether a packed group gives the log-probs of separate rows: measured once per model and attention."""
+    """Whether a packed group gives the states of separate rows: measured once per model and attention."""
     known = _sharing.setdefault(scorer.model, {})
     if scorer.attention not in known:
-        known[scorer.attention] = (
-            scorer.attention in ("sdpa", "eager") and _attends_fully(scorer.config.get_text_config())
-        ) and _sharing_is_exact(scorer)
+        _check_causal(scorer)
+        known[scorer.attention] = _can_be_packed(scorer) and _sharing_is_exact(scorer)
     return known[scorer.attention]
 
 
-def _attends_fully(config: Any) -> bool:
-    # A 4-D mask replaces a sliding window's own mask, which no short probe would notice.
-    if getattr(config, "layer_types", None):
-        return set(config.layer_types) == {"full_attention"}
-    return not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", True) is False
+def _check_causal(scorer: Scorer) -> None:
+    after_prompt = _probe_states(scorer, share=False)[:, 0]
+    if not _same(after_prompt[:1], after_prompt[1:]):
+        raise UserError(
+            f"{type(causal_lm(scorer.model)).__name__} is not causal: what it predicts depends on later tokens; "
+            "give a causal language model"
+        )
 
 
-@torch.no_grad()
 def _sharing_is_exact(scorer: Scorer) -> bool:
+    return _same(_probe_states(scorer, share=False), _probe_states(scorer, share=True))
+
+
+def _probe_states(scorer: Scorer, share: bool) -> Tensor:
+    """The states that precede each of 3 tokens in 3 completions of one prompt, (3, 3, D)."""
     prompt = [token % scorer.vocabulary for token in (3, 1, 4, 1, 5)]
     completions = [[token % scorer.vocabulary for token in tokens] for tokens in ((9, 2, 6), (5, 3, 5), (8, 9, 7))]
-    probe = [EncodedGroup(prompt, completions, [None, None, None])]
-    device = next(scorer.parameters()).device
-    with evaluating(scorer):
-        shared, apart = (
-            torch.cat([score_batch(scorer, probe, batch, device) for batch in plan_batches(probe, None, share)])
-            for share in (True, False)
-        )
-    difference = float((shared - apart).abs().max()) / len(completions[0])
-    return difference <= _SHARING_TOLERANCE.get(next(scorer.parameters()).dtype, 0.05)
+    group = EncodedGroup(prompt, completions, [None, None, None])
+    (batch,) = plan_batches([group], None, share)
+    with probing(scorer):
+        inputs = build_inputs([group], batch, next(scorer.parameters()).device)
+        return scorer.states(inputs).unflatten(0, (3, 3))
+
+
+def _can_be_packed(scorer: Scorer) -> bool:
+    # A 4-D mask replaces a window's own mask, and ALiBi counts columns: neither need show on a short probe.
+    config = scorer.config.get_text_config()
+    if scorer.attention not in ("sdpa", "eager") or not scorer.takes_positions or getattr(config, "alibi", False):
+        return False
+    if getattr(config, "layer_types", None):
+        return set(config.layer_types) == {"full_attention"}
+    return not any(getattr(config, name, None) for name in _WINDOWS)
+
+
+def _same(states: Tensor, others: Tensor) -> bool:
+    tolerance = _PROBE_TOLERANCE.get(states.dtype, 0.05)
+    return bool((states - others).abs().max() <= tolerance * states.abs().max())

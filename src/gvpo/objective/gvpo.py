@@ -133,7 +133,9 @@ class _Groups(NamedTuple):
         """Each value less the mean of its group."""
         # Less one of its values first: a group of equal values is then centred to exact zeros. Rounding errors in their
         # place (1e-17) would be back-propagated as denormal numbers, at a fiftieth of the speed.
-        shift_P = values_N.new_full(self.sizes_P.shape, math.inf).scatter_reduce(0, self.index_N, values_N.detach(), "amin")
+        shift_P = values_N.new_full(self.sizes_P.shape, math.inf).scatter_reduce(
+            0, self.index_N, values_N.detach(), "amin"
+        )
         values_N = values_N - shift_P[self.index_N]
         sums_P = values_N.new_zeros(self.sizes_P.shape).index_add(0, self.index_N, values_N)
         return values_N - (sums_P / self.sizes_P)[self.index_N]

@@ -8,14 +8,14 @@ images, continuous batching, speculative decoding, `generation_config` (end toke
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gvpo.errors import UserError
+from gvpo.models.modes import evaluating
 from gvpo.sampling.draw import draw_tokens, member_uniforms
 from gvpo.sampling.sampler import Sample, SamplingParams
 
@@ -67,7 +67,7 @@ class TorchSampler:
             ragged=_exact_under_padding(self.model),
         )
         shape = num_generations, params.max_new_tokens
-        with _eval_mode(self.model):
+        with evaluating(self.model):
             for batch in batches:
                 uniforms_NT = torch.cat([member_uniforms(seeds[p], *shape)[list(members)] for p, members in batch])
                 sizes_P = [len(members) for _, members in batch]
@@ -208,18 +208,6 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
     ids_PT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask_PT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     return ids_PT, mask_PT
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode, then put back each module's own flag: some may be in eval mode on purpose."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _base_model(model: nn.Module) -> nn.Module:

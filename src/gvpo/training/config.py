@@ -94,7 +94,7 @@ class GVPOConfig(BaseModel):
     save_steps: PositiveInt | None = Field(None, description="Updates between two checkpoints. Default: none.")
     save_total_limit: PositiveInt | None = Field(None, description="Checkpoints to keep, the newest. Default: all.")
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

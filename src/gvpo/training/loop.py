@@ -35,6 +35,7 @@ from gvpo.training.checkpoint import Progress, load_checkpoint, prune_checkpoint
 from gvpo.training.config import GVPOConfig, dump_config
 from gvpo.training.data_checks import check_columns, check_prompts, check_rewards
 from gvpo.training.metrics import members_of, update_metrics
+from gvpo.training.plan import choose_reference, planned_updates
 from gvpo.training.processes import Processes, check_trackers
 from gvpo.training.reference import Reference
 from gvpo.training.run_folder import RunFolder, disk
@@ -72,7 +73,7 @@ class GVPOTrainer:
             self.eval_rows = read_rows(eval_dataset, prompt_column=config.prompt_column, name="eval_dataset")
         check_rewards(rows, self.eval_rows, self.reward_functions, config.reward_weights)
         _check_settings(config, rows, self.eval_rows)
-        reference = _choose_reference(config, rows)
+        reference = choose_reference(config, rows)
         if not isinstance(model, nn.Module):
             check_model(model)
         if reference not in ("rollout", "initial") and isinstance(reference, str):
@@ -99,7 +100,7 @@ class GVPOTrainer:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
         self.order = PromptOrder(rows, config.seed, shuffle=config.shuffle_dataset)
-        self.total_updates = config.max_steps or _updates_of(config, len(rows))
+        self.total_updates = planned_updates(config, len(rows))
         self.scorer, self.optimizer, self.scheduler = self._prepare()
         dtype = next(self.model.parameters()).dtype
         self.reference = Reference(reference, self.scorer, self.accelerator.device, dtype)
@@ -432,17 +433,6 @@ def _teaching(groups: Sequence[Group]) -> list[Group]:
     return [replace(group, completions=members) for group, members in kept if len(members) >= 2]
 
 
-def _choose_reference(config: GVPOConfig, rows: Sequence[Row]) -> str | int:
-    offline = all(row.offline for row in rows)
-    reference = config.reference or ("initial" if offline else "rollout")
-    if offline and (reference == "rollout" or isinstance(reference, int)) and not config.allow_unanchored:
-        raise UserError(
-            f"config, field 'reference': {reference!r} on offline-only data has no anchor, the policy would collapse; "
-            "use 'initial' or a model path, or set allow_unanchored"
-        )
-    return reference
-
-
 def _check_settings(config: GVPOConfig, rows: Sequence[Row], eval_rows: Sequence[Row]) -> None:
     """What a config asks for, against what the trainer was given. Raises UserError."""
     for name in ("eval_steps", "eval_on_start"):
@@ -451,10 +441,6 @@ def _check_settings(config: GVPOConfig, rows: Sequence[Row], eval_rows: Sequence
     check_trackers(config.trackers, config.output_dir)
     if config.output_dir is not None:
         check_columns([*rows, *eval_rows])
-
-
-def _updates_of(config: GVPOConfig, rows: int) -> int:
-    return math.ceil(config.num_train_epochs * rows / config.groups_per_update) * config.epochs_per_rollout
 
 
 def _reset_accelerate() -> None:

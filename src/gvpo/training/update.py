@@ -191,7 +191,11 @@ def _score_dtype(scorer: nn.Module) -> torch.dtype:
 def score_pass(scorer: nn.Module, encoded: Sequence[EncodedGroup], batch: Batch | None) -> Tensor:
     """Log-probs of a batch's members; None is the empty pass of a process that has run out of batches."""
     device = next(scorer.parameters()).device
-    return score_batch(scorer, _IDLE, _IDLE_BATCH, device) if batch is None else score_batch(scorer, encoded, batch, device)
+    return (
+        score_batch(scorer, _IDLE, _IDLE_BATCH, device)
+        if batch is None
+        else score_batch(scorer, encoded, batch, device)
+    )
 
 
 def find_objective(name: str) -> Objective:
