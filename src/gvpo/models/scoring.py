@@ -37,13 +37,15 @@ class Scorer(nn.Module):
     This is what data-parallel wrappers wrap, so that their hooks run on the forward that is back-propagated.
     shares_prefix: whether the model honours positions and a 4-D mask, so that a group can be one row with its prompt
     once; measured here, against one row a completion.
-    Raises UserError for a model that is not causal.
+    Raises UserError for a model that is not a causal one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         causal: Any = causal_lm(model)
+        if getattr(causal.config, "is_encoder_decoder", False):
+            raise UserError(f"{type(causal).__name__} is an encoder-decoder; give a causal language model")
         self._no_split_modules = getattr(causal, "_no_split_modules", None)
         self.config = causal.config
         self.head = find_head(causal)
