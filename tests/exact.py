@@ -9,10 +9,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY, LONGEST, END = 8, 3, 7
-PROMPT = [0]
+PROMPT = [END]
+"""A token that no completion holds before its end. To a model with relative positions [0] and [0, 0] are one context
+(attention averages equal values): a prompt of [0] would put the optimum out of every such model's reach."""
 
 
-def tiny_llama(seed: int = 0, *, vocabulary: int = VOCABULARY, scale: float = 1.0, **overrides: object) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, *, vocabulary: int = VOCABULARY, scale: float = 1.0, **overrides: object
+) -> LlamaForCausalLM:
     """A random two-layer Llama in float32; scale multiplies its logits."""
     torch.manual_seed(seed)
     settings = {
@@ -27,6 +31,7 @@ def tiny_llama(seed: int = 0, *, vocabulary: int = VOCABULARY, scale: float = 1.
         "eos_token_id": END if vocabulary == VOCABULARY else None,
         "pad_token_id": None,
         "tie_word_embeddings": False,
+        "initializer_range": 0.1,
         **overrides,
     }
     model = LlamaForCausalLM(LlamaConfig(**settings)).eval()

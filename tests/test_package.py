@@ -42,10 +42,7 @@ def test_the_contract_names_are_public() -> None:
 
 
 def test_import_gvpo_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, gvpo; gvpo.gvpo_loss; gvpo.Group;"
-        f"print([name for name in {HEAVY!r} if name in sys.modules])"
-    )
+    code = f"import sys, gvpo; gvpo.gvpo_loss; gvpo.Group;print([name for name in {HEAVY!r} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 
