@@ -41,6 +41,7 @@ def main(model_name: str = "smollm2-135m", updates: int = 20) -> list[float]:
     """Train, print the mean reward of every update, and return these means."""
     rng = random.Random(0)
     model, tokenizer = load_model(model_name)
+    assert tokenizer is not None, "the folder has no tokenizer"
     sampler = TorchSampler(model, end_token_ids(model, tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     means = []
@@ -56,7 +57,7 @@ def main(model_name: str = "smollm2-135m", updates: int = 20) -> list[float]:
         for (prompt, answer), ids, samples in zip(prompts, prompt_ids, drawn, strict=True):
             members = []
             for sample in samples:
-                text = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+                text = str(tokenizer.decode(sample.token_ids, skip_special_tokens=True))
                 members.append(
                     Completion(text, sample.token_ids, reward=reward(text, answer), truncated=sample.truncated)
                 )
@@ -79,4 +80,7 @@ def main(model_name: str = "smollm2-135m", updates: int = 20) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
+    main(
+        sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m",
+        int(sys.argv[2]) if len(sys.argv) > 2 else 20,
+    )

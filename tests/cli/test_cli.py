@@ -251,7 +251,7 @@ class TestConfigFile:
     def test_a_file_that_is_not_text_is_one_line(self, tmp_path: Path) -> None:
         file = tmp_path / "run.yaml"
         file.write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match="not UTF-8"):
             read_config(str(file), {})
 
 

@@ -1,4 +1,4 @@
-"""From groups to token ids, with a tokenizer of a few words that is built here."""
+"""From groups to token ids."""
 
 from __future__ import annotations
 
@@ -8,8 +8,22 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tiny_tokenizer import (
+    AB,
+    ASSISTANT,
+    BOS,
+    CHAT,
+    EOS,
+    EOS_CHAT,
+    HELLO,
+    PLAIN_CHAT,
+    START,
+    STOP,
+    USER,
+    A,
+    B,
+    words_tokenizer,
+)
 
 from gvpo.errors import UserError
 from gvpo.groups import Completion, Group
@@ -24,26 +38,7 @@ from gvpo.models.encoding import (
 )
 from gvpo.models.scoring import sequence_logprobs
 
-BOS, EOS, START, STOP, USER, ASSISTANT, A, B, AB, HELLO = range(10)
-WORDS = ["<s>", "</s>", "<|start|>", "<|stop|>", "user", "assistant", "a", "b", "ab", "hello"]
-CHAT = (
-    "{{ '<s>' }}{% for m in messages %}{{ '<|start|>' + m['role'] + ' ' + m['content'] + ' <|stop|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant ' }}{% endif %}"
-)
-PLAIN_CHAT = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
-EOS_CHAT = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
 QUESTION = [{"role": "user", "content": "a b"}]
-
-
-def words_tokenizer(*, template: str | None = None, adds: str = "<s> $A", eos: str | None = "</s>") -> Any:
-    """A word a token; `adds` is what encoding puts around a text."""
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="hello"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = [("<s>", BOS), ("</s>", EOS)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=adds, special_tokens=special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, chat_template=template)
-    fast.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>"]})
-    return fast
 
 
 class TestPrompt:
@@ -135,7 +130,7 @@ class TestCompletions:
     def test_text_that_nothing_can_end_is_one_line(self) -> None:
         endless = words_tokenizer(eos=None)
         group = Group("a", [Completion("b", truncated=True), Completion("b")])
-        with pytest.raises(UserError, match=r"^group 0, member 1: .* needs? .*|^group 0, member 1: text"):
+        with pytest.raises(UserError, match=r"^group 0, member 1: text that is not truncated gets an end token"):
             encode_groups([group], endless)
         assert self.encoded(Group("a", group.completions[:1]), endless)[1] == [[B]]
 

@@ -95,8 +95,9 @@ def _first(config: Any, *names: str) -> float | None:
 
 def _fits(model: Any, logits: LogitTransform) -> bool:
     """Whether these are the model's own logits: it is given hidden states of every size on their way into its head."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ids = torch.arange(len(_PROBE_LOGITS), device=embeddings.weight.device)[None] % embeddings.num_embeddings
+    # The weight, as PEFT's layers have it too; num_embeddings they do not have.
+    embeddings_VD, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    ids = torch.arange(len(_PROBE_LOGITS), device=embeddings_VD.device)[None] % len(embeddings_VD)
     taken: list[Tensor] = []
     with probing(model):
         hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)

@@ -49,7 +49,7 @@ class Scorer(nn.Module):
         self._no_split_modules = getattr(causal, "_no_split_modules", None)
         self.config = causal.config
         self.head = find_head(causal)
-        self.vocabulary = int(causal.get_input_embeddings().num_embeddings)
+        self.vocabulary = len(causal.get_input_embeddings().weight)
         self.context = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
         self.attention = causal.config._attn_implementation
         self.takes_positions = "position_ids" in inspect.signature(causal.base_model.forward).parameters
@@ -185,7 +185,8 @@ def _may_share(scorer: Scorer) -> bool:
 
 def _check_causal(scorer: Scorer) -> None:
     after_prompt = _probe_states(scorer, share=False)[:, 0]
-    if not _same(after_prompt[:1], after_prompt[1:]):
+    # A model that gives NaN is broken in another way, which whoever uses its scores sees and names.
+    if not after_prompt.isnan().any() and not _same(after_prompt[:1], after_prompt[1:]):
         raise UserError(
             f"{type(causal_lm(scorer.model)).__name__} is not causal: what it predicts depends on later tokens; "
             "give a causal language model"
