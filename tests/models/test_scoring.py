@@ -14,7 +14,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, T5Config
 from gvpo.errors import UserError
 from gvpo.groups import Completion, Group
 from gvpo.models import scoring
-from gvpo.models.modes import disable_dropout, evaluating
+from gvpo.models.modes import disable_dropout, evaluating, probing
 from gvpo.models.scoring import Scorer, as_scorer, sequence_logprobs
 
 WITHOUT_SDPA = {"gemma2", "gemma2 without windows", "gpt_neo", "bloom", "mpt", "mamba"}
@@ -164,6 +164,27 @@ class TestSharedPrompts:
         with torch.no_grad():
             assert worst(sequence_logprobs(model, groups), plain_logprobs(model, groups)) < 1e-4
 
+    @pytest.mark.parametrize(
+        ("architecture", "window"),
+        [
+            ("mistral", {"sliding_window": 10}),
+            ("gemma2", {"sliding_window": 10}),
+            ("llama4", {"attention_chunk_size": 10}),
+            ("gpt_neo", {"window_size": 10}),
+        ],
+    )
+    def test_a_window_that_no_short_probe_would_notice(self, architecture: str, window: dict[str, int]) -> None:
+        model, groups = tiny(architecture, **window), ragged_groups()
+        assert LONGEST > 10
+        with torch.no_grad():
+            assert worst(sequence_logprobs(model, groups), plain_logprobs(model, groups)) < 1e-4
+        assert not Scorer(model).shares_prefix
+
+    def test_an_attention_that_takes_no_mask_of_ours(self) -> None:
+        scorer = Scorer(tiny())
+        scorer.attention = "flash_attention_2"
+        assert not scoring._may_share(scorer)
+
     def test_a_model_that_ignores_the_mask_is_found_out(self) -> None:
         class Unmasked(LlamaForCausalLM):
             def get_output_embeddings(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -177,10 +198,13 @@ class TestSharedPrompts:
         with torch.no_grad():
             assert worst(sequence_logprobs(model, groups), plain_logprobs(model, groups)) < 1e-4
 
-    def test_the_choice_is_measured_in_full_precision_whatever_autocast_is_on(self) -> None:
-        model = tiny()
+    def test_the_choice_is_measured_without_dropout_autocast_or_graph(self) -> None:
+        model = tiny("gpt2", resid_pdrop=0.5).train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scorer = Scorer(model)
+            with probing(model):
+                assert not torch.is_autocast_enabled("cpu")
+                assert not torch.is_grad_enabled()
         assert scorer.shares_prefix
         assert scorer.head is not None
 

@@ -78,9 +78,10 @@ def test_an_offline_row_longer_than_the_context() -> None:
     row = Group(None, [Completion(None, [1] * n, reward=1.0) for n in (2, 62)], prompt_ids=[1, 2, 3])
     message = at_start(tiny_model(), [*offline_groups(1), row])
     assert "row 2" in message and "3 tokens and a completion of 62" in message and "context of 64" in message
-    text = {"prompt": "abc", "completions": ["a", "a" * 61], "rewards": [0, 1]}
-    message = at_start(tiny_model(), [text], tokenizer=letters_tokenizer())
-    assert "3 tokens and a completion of 62" in message  # the end token is one of them
+    for prompt in ({"prompt": "abc"}, {"prompt_ids": [0, 1, 2]}):
+        text = {**prompt, "completions": ["a", "a" * 61], "rewards": [0, 1]}
+        message = at_start(tiny_model(), [text], tokenizer=letters_tokenizer())
+        assert "3 tokens and a completion of 62" in message  # the end token is one of them
 
 
 def test_rows_that_exceed_the_token_budget() -> None:

@@ -42,7 +42,7 @@ class Row:
     def group(self, completions: Iterable[Completion] | None = None) -> Group:
         """A group of this prompt with these completions (its own by default), sharing nothing mutable with the row."""
         members = [replace(completion) for completion in (self.completions if completions is None else completions)]
-        return Group(self.prompt, members, prompt_ids=self.prompt_ids, id=self.id, columns=dict(self.columns))
+        return Group(self.prompt, members, prompt_ids=self.prompt_ids, id=self.id, columns=self.columns)
 
 
 def read_rows(data: Any, *, prompt_column: str = "prompt", name: str = "train_dataset") -> list[Row]:
