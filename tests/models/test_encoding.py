@@ -77,8 +77,8 @@ class TestPrompt:
         with pytest.raises(UserError, match=r"^the prompt is a list of chat messages but the tokenizer has no chat"):
             encode_groups([Group(QUESTION, [Completion("a")])], words_tokenizer())
 
-    @pytest.mark.parametrize("content", ["refuse", None])
-    def test_messages_that_the_template_refuses_are_one_line(self, content: str | None) -> None:
+    @pytest.mark.parametrize("content", ["refuse", None, [{"type": "text", "text": "a"}]])
+    def test_messages_that_the_template_refuses_are_one_line(self, content: Any) -> None:
         template = "{% if messages[0]['content'] == 'refuse' %}{{ raise_exception('no such role') }}{% endif %}" + CHAT
         with pytest.raises(UserError, match=r"chat template refuses the messages .*content") as caught:
             render_chat([{"role": "user", "content": content}], words_tokenizer(template=template))
@@ -156,7 +156,16 @@ class TestCompletions:
 
 class TestEnds:
     @pytest.mark.parametrize(
-        ("template", "end"), [(CHAT, STOP), (EOS_CHAT, EOS), (PLAIN_CHAT, None), ("no turns", None), (None, None)]
+        ("template", "end"),
+        [
+            (CHAT, STOP),
+            (EOS_CHAT, EOS),
+            (PLAIN_CHAT, None),
+            (PLAIN_CHAT + " hello", None),  # a word of its own, and no special token
+            (CHAT.replace("<|stop|>", "hello <|stop|>"), STOP),
+            ("no turns", None),
+            (None, None),
+        ],
     )
     def test_of_a_turn(self, template: str | None, end: int | None) -> None:
         tokenizer = words_tokenizer(template=template)

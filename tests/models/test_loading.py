@@ -80,9 +80,9 @@ class TestFolder:
 
     def test_attention_and_device_as_asked(self, folder: Path) -> None:
         for attention in ("eager", "sdpa"):
-            model, _ = load_model(folder, attn_implementation=attention, device="cpu")
-            assert model.config._attn_implementation == attention
-            assert model.device == torch.device("cpu")
+            assert load_model(folder, attn_implementation=attention)[0].config._attn_implementation == attention
+        assert load_model(folder)[0].device == torch.device("cpu")
+        assert load_model(folder, device="meta")[0].device == torch.device("meta")
 
     def test_an_adapter_is_loaded_on_its_base_and_goes_on_training(self, folder: Path, tmp_path: Path) -> None:
         settings = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)

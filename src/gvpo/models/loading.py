@@ -113,30 +113,18 @@ def _load_weights(name: str, source: str | Path, options: dict[str, Any]) -> Any
 def _load_gguf(name: str, path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     import gguf
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     how: dict[str, Any] = {"gguf_file": path.name}
     if hasattr(transformers, "GgufConfig"):
-        # Where matmul kernels are installed the weights would stay packed, which cannot be trained.
+        # Else the model is marked as quantized, may be kept in blocks, and refuses to train and to save.
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _parsed_once():
-        loaded = _load_weights(name, path.parent, options | how)
+        model = _load_weights(name, path.parent, options | how)
         tokenizer = None
         if "tokenizer.ggml.model" in gguf.GGUFReader(str(path)).fields:
             with _reading(f"model {name!r}: its tokenizer"):
-                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    # from_pretrained marks the model as quantized, which then refuses to train and to save: build it afresh.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **options)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    _copy_buffers(loaded, model)
-    model.generation_config = loaded.generation_config
-    model.requires_grad_(True)
-    config._name_or_path = name
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model.config._name_or_path = name
     return model, tokenizer
 
 
@@ -165,14 +153,6 @@ def _parsed_once() -> Iterator[None]:
     finally:
         for name, function in originals.items():
             setattr(gguf, name, function)
-
-
-def _copy_buffers(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Buffers that the state dict leaves out (rotary frequencies) are still on the meta device."""
-    for name, buffer in source.named_buffers():
-        module_name, _, buffer_name = name.rpartition(".")
-        if target.get_buffer(name).is_meta:
-            target.get_submodule(module_name).register_buffer(buffer_name, buffer, persistent=False)
 
 
 def _is_adapter(path: Path) -> bool:
