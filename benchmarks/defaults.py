@@ -75,7 +75,7 @@ def main() -> None:
 
 def _print_table(rows: list[dict[str, Any]], updates: int) -> None:
     print(f"\n{updates} updates, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor()}")
-    print("| learning_rate | updates_per_rollout | exact after, seed by seed | mean reward of the run | largest log-ratio |")
+    print("| learning_rate | updates_per_rollout | exact after, per seed | mean reward | largest log-ratio |")
     print("|---|---|---|---|---|")
     for rate, per_rollout in product(LEARNING_RATES, UPDATES_PER_ROLLOUT):
         same = [row for row in rows if (row["learning_rate"], row["updates_per_rollout"]) == (rate, per_rollout)]

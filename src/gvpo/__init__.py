@@ -1,6 +1,6 @@
 """Post-training of language models by regression onto rewards (Group Variance Policy Optimization, arXiv 2504.19599).
 
-Everything public is here, one line a name; nothing heavy is imported until it is used.
+Everything public is here, one line per name; nothing heavy is imported until it is used.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gvpo.errors import UserError as UserError
+    from gvpo.group_files import append_groups as append_groups
     from gvpo.group_files import read_groups as read_groups
     from gvpo.group_files import write_groups as write_groups
     from gvpo.groups import Completion as Completion
     from gvpo.groups import Group as Group
+    from gvpo.models.encoding import encode_prompt as encode_prompt
+    from gvpo.models.encoding import end_token_ids as end_token_ids
     from gvpo.models.loading import load_model as load_model
+    from gvpo.models.scoring import Scorer as Scorer
     from gvpo.models.scoring import sequence_logprobs as sequence_logprobs
     from gvpo.objective import gvpo_components as gvpo_components
     from gvpo.objective import gvpo_loss as gvpo_loss
@@ -37,9 +41,13 @@ _HOME = {
     "Sample": "gvpo.sampling",
     "Sampler": "gvpo.sampling",
     "SamplingParams": "gvpo.sampling",
+    "Scorer": "gvpo.models.scoring",
     "TorchSampler": "gvpo.sampling",
     "UserError": "gvpo.errors",
     "accumulate_gradients": "gvpo.training.update",
+    "append_groups": "gvpo.group_files",
+    "encode_prompt": "gvpo.models.encoding",
+    "end_token_ids": "gvpo.models.encoding",
     "gvpo_components": "gvpo.objective",
     "gvpo_loss": "gvpo.objective",
     "gvpo_weights": "gvpo.objective",

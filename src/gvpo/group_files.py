@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from gvpo.errors import UserError
-from gvpo.groups import FieldError, Group, group_from_dict, group_to_dict
+from gvpo.errors import FieldError, UserError, located
+from gvpo.groups import Group, group_from_dict, group_to_dict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,7 +72,7 @@ def write_groups(groups: Iterable[Group], path: str | os.PathLike[str]) -> int:
 
 
 def append_groups(groups: Iterable[Group], path: str | os.PathLike[str]) -> int:
-    """Appends the groups to a .jsonl file, made if missing, one write and flush a line; returns how many they were.
+    """Appends the groups to a .jsonl file, made if missing, one write and flush per line; returns how many they were.
 
     A crash loses at most the line being written. Raises UserError as `write_groups` does, and for a file whose last
     line was left unfinished.
@@ -118,18 +118,10 @@ def _at_line_start(file: BinaryIO) -> bool:
     return file.read(1) == b"\n"
 
 
-@contextmanager
-def _located(where: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}{', ' if isinstance(error, FieldError) else ': '}{error}") from error
-
-
 def _groups(path: Path, rows: Iterator[tuple[str, Any]]) -> Iterator[Group]:
     where = None
     for where, row in rows:
-        with _located(where):
+        with located(where):
             group = group_from_dict(row)
         yield group
     if where is None:
@@ -139,7 +131,7 @@ def _groups(path: Path, rows: Iterator[tuple[str, Any]]) -> Iterator[Group]:
 def _numbered(groups: Iterable[Group], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for n, group in enumerate(groups, 1):
         where = f"{path}, group {n}"
-        with _located(where):
+        with located(where):
             row = group_to_dict(group)
         yield where, row
 
@@ -188,7 +180,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             text = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
             if text.strip():
                 where = f"{path}, line {n}"
-                with _located(where):
+                with located(where):
                     row = _parsed(text)
                 yield where, row
 
@@ -210,7 +202,7 @@ def _parsed(line: bytes) -> Any:
 def _write_jsonl(rows: Iterable[tuple[str, dict[str, Any]]], file: BinaryIO, flush: bool = False) -> int:
     n = 0
     for where, row in rows:
-        with _located(where):
+        with located(where):
             line = _to_json(row)
         file.write(line.encode() + b"\n")
         if flush:
@@ -233,7 +225,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     n += 1
                     where = f"{path}, row {n}"
-                    with _located(where):
+                    with located(where):
                         row = _from_parquet_row(row)
                     yield where, row
     except (pa.ArrowException, OSError) as error:
@@ -250,7 +242,7 @@ def _write_parquet(rows: Iterable[tuple[str, dict[str, Any]]], file: BinaryIO) -
     n = 0
     with pq.ParquetWriter(file, schema) as writer:
         while batches := [
-            pa.RecordBatch.from_pylist([_to_parquet_row(where, row)], schema=schema)  # 8 bytes an id, Python's take 36
+            pa.RecordBatch.from_pylist([_to_parquet_row(where, row)], schema=schema)  # 8 bytes per id, Python's take 36
             for where, row in itertools.islice(rows, ROWS_PER_ROW_GROUP)
         ]:
             writer.write_table(pa.Table.from_batches(batches))
@@ -286,7 +278,7 @@ def _parquet_schema() -> pa.Schema:
 def _to_parquet_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     prompt = row.get("prompt")
     text, messages = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-    with _located(where):
+    with located(where):
         return row | {
             "prompt": text,
             "prompt_messages": _encoded(messages),

@@ -15,21 +15,9 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-from gvpo.errors import UserError
+from gvpo.errors import FieldError, UserError
 
 _INT64_END = 2**63
-
-
-class FieldError(UserError):
-    """A wrong value in one field; `field` is its path (`completions[1].reward`, members from 0), `problem` the rest."""
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"field {field!r}: {problem}")
-        self.field = field
-        self.problem = problem
-
-    def __reduce__(self) -> tuple[type[FieldError], tuple[str, str]]:
-        return FieldError, (self.field, self.problem)
 
 
 @dataclass(slots=True)
@@ -43,7 +31,7 @@ class Completion:
     source: where it came from: "policy", "replay", "dataset", "demonstration", "teacher", or a name of your own.
     ref_logprob: log pi_theta'(y given x) in nats, summed over the scored tokens, the end token included.
     truncated: the answer stopped without an end token.
-    loss_mask: one bool a token of token_ids; False = given, not scored (tool output in a dialogue).
+    loss_mask: one bool per token of token_ids; False = given, not scored (tool output in a dialogue).
     meta: anything worth keeping, under string keys; to be written to a file its values must be JSON.
 
     Raises FieldError. Fields assigned later are checked when the group is written.
@@ -126,6 +114,15 @@ class Group:
         return [completion.reward for completion in self.completions]
 
 
+def teaching(group: Group) -> Group | None:
+    """The group with only those members that have a reward; None if fewer than two have: it teaches nothing then.
+
+    The members are shared with the group, not copied.
+    """
+    members = [completion for completion in group.completions if completion.reward is not None]
+    return dataclasses.replace(group, completions=members) if len(members) >= 2 else None
+
+
 def group_to_dict(group: Group) -> dict[str, Any]:
     """The group as a plain row (see `group_from_dict`), fields at their default left out; checks the group again.
 
@@ -179,7 +176,7 @@ def _group_from_row(row: Mapping[str, Any], members: list[Mapping[str, Any]]) ->
 
 
 def _group_from_dataset_row(row: Mapping[str, Any], texts: list[str]) -> Group:
-    columns = {name: value for name, value in row.items() if name not in _DATASET_KEYS}
+    columns = {name: value for name, value in row.items() if name not in DATASET_KEYS}
     rewards = [None] * len(texts) if row.get("rewards") is None else _elements("rewards", row["rewards"], "numbers")
     if len(rewards) != len(texts):
         counts = f"{_count(len(rewards), 'reward')} for {_count(len(texts), 'completion')}"
@@ -188,7 +185,8 @@ def _group_from_dataset_row(row: Mapping[str, Any], texts: list[str]) -> Group:
     return Group(row.get("prompt"), completions, prompt_ids=row.get("prompt_ids"), columns=columns)
 
 
-_DATASET_KEYS = frozenset({"prompt", "prompt_ids", "completions", "rewards"})
+DATASET_KEYS = frozenset({"prompt", "prompt_ids", "completions", "rewards"})
+"""The keys of a dataset's row that are no columns."""
 
 
 def _completion_to_dict(i: int, completion: Completion) -> dict[str, Any]:

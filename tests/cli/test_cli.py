@@ -214,10 +214,19 @@ class TestTrain:
         assert trainer.resume is None
         assert folder in capsys.readouterr().out
 
-    @pytest.mark.parametrize(("text", "value"), [("latest", True), ("runs/x/checkpoints/step-4", None)])
-    def test_resume_takes_latest_or_a_path(self, text: str, value: bool | None, trainer: SimpleNamespace) -> None:
-        main(["train", "--train_dataset", "rows.jsonl", "--resume-from-checkpoint", text])
-        assert trainer.resume == (text if value is None else value)
+    def test_resume_takes_latest_or_a_path(self, trainer: SimpleNamespace, tmp_path: Path) -> None:
+        checkpoint = tmp_path / "run" / "checkpoints" / "step-4"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text("{}")
+        for text in ("latest", str(checkpoint)):
+            folder = ["--output_dir", str(tmp_path / "run")]
+            main(["train", "--train_dataset", "rows.jsonl", *folder, "--resume-from-checkpoint", text])
+            assert trainer.resume == text
+
+    def test_there_must_be_something_to_resume(self, trainer: SimpleNamespace, tmp_path: Path) -> None:
+        folder = ["--output_dir", str(tmp_path / "run")]
+        for text in ("latest", str(tmp_path)):
+            assert main(["train", "--train_dataset", "rows.jsonl", *folder, "--resume-from-checkpoint", text]) == 2
 
 
 class TestConfigFile:
@@ -227,7 +236,8 @@ class TestConfigFile:
             ("model: x\nlerning_rate: 2\n", ", line 2, field 'lerning_rate': unknown; did you mean 'learning_rate'?"),
             ("# rate\n\nbeta: -2\n", ", line 3, field 'beta': input should be greater than 0, got -2"),
             ("1: 2\n", ", line 1, field '1': unknown; gvpo train --help lists them"),
-            ("token_budget: 12\n", ": token_budget=12 cannot hold"),
+            ("max_steps: 1\nwarmup_steps: 2\n", ": warmup_steps=2 is more than max_steps=1"),
+            ("beta: true\n", ", line 1, field 'beta': must not be true or false, got True"),
         ],
     )
     def test_a_mistake_names_file_line_and_field(self, text: str, message: str, tmp_path: Path) -> None:
@@ -237,6 +247,21 @@ class TestConfigFile:
             read_config(str(file), {})
         assert str(error.value).startswith(f"{file}{message}")
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("beta: 1\nseed: 2\nbeta: 3\n", "line 3: not YAML: 'beta' is given twice, first in line 1"),
+            ("run_name: 2024-99-99\n", "not YAML: month must be in 1..12"),
+            ("[" * 5000, "not YAML"),
+        ],
+    )
+    def test_yaml_that_cannot_be_is_one_line(self, text: str, message: str, tmp_path: Path) -> None:
+        file = tmp_path / "run.yaml"
+        file.write_text(text)
+        with pytest.raises(UserError) as error:
+            read_config(str(file), {})
+        assert message in str(error.value) and "\n" not in str(error.value)
+
     def test_a_mistake_in_a_flag_names_the_flag(self, tmp_path: Path) -> None:
         file = tmp_path / "run.yaml"
         file.write_text("beta: 0.1\n")
@@ -245,8 +270,8 @@ class TestConfigFile:
 
     def test_flags_win_over_a_file_that_is_wrong_alone(self, tmp_path: Path) -> None:
         file = tmp_path / "run.yaml"
-        file.write_text("token_budget: 12\n")
-        assert read_config(str(file), {"max_completion_length": "4"}).token_budget == 12
+        file.write_text("warmup_steps: 2\nmax_steps: 1\n")
+        assert read_config(str(file), {"max_steps": "4"}).warmup_steps == 2
 
     def test_a_file_that_is_not_text_is_one_line(self, tmp_path: Path) -> None:
         file = tmp_path / "run.yaml"
@@ -302,15 +327,25 @@ class TestRun:
             (["--reward_funcs", "nope:f"], "gvpo train: reward_funcs: 'nope:f'"),
             (["--train_dataset", "no.jsonl"], "gvpo train: "),
             (["--model", "./no"], "gvpo train: model './no'"),
+            (["--reference", "./no"], "gvpo train: model './no'"),
+            (["--reference", "rollout"], "gvpo train: config, field 'reference'"),
+            (["--eval_steps", "2"], "gvpo train: config, field 'eval_steps'"),
+            (["--report_to", "tensorbord"], "gvpo train: config, field 'report_to'"),
+            (["--eval_dataset", "rows.jsonl"], "gvpo train: rows.jsonl, line 1: answers are drawn anew"),
+            (["--reward_weights", "[1]"], "gvpo train: config, field 'reward_weights'"),
         ],
     )
-    def test_a_dry_run_finds_the_mistakes(
+    def test_a_dry_run_refuses_what_a_run_refuses(
         self, offline: Path, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main([*ARGUMENTS, "--dry-run", *arguments]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith(line) and err.count("\n") == 1
+        refusals = []
+        for dry in ([], ["--dry-run"]):
+            assert main([*ARGUMENTS, *dry, *arguments]) == 2
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert err.startswith(line) and err.count("\n") == 1
+            refusals.append(err)
+        assert refusals[0] == refusals[1]
 
     def test_a_run_from_the_command_line_writes_its_folder(
         self, offline: Path, capsys: pytest.CaptureFixture[str]

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from gvpo.cli import doctor as doctor_module
-from gvpo.cli.doctor import Check, how_to_install, installed, own_logprobs, probe_groups, score_checks, tiny_llama
+from gvpo.cli.doctor import how_to_install, installed, model_checks, probe_groups, tiny_llama
 from gvpo.cli.main import main
 from gvpo.models import batches, scoring
+from gvpo.models.encoding import encode_groups
+from gvpo.models.score_checks import Check, own_logprobs
 
 
 def by_name(checks: list[Check]) -> dict[str, bool]:
@@ -22,16 +24,16 @@ def by_name(checks: list[Check]) -> dict[str, bool]:
 HEALTHY = {"the same score": True, "prompts shared": True, "log-prob head": True}
 
 
-class TestScoreChecks:
+class TestModelChecks:
     def test_a_healthy_model_passes(self) -> None:
-        assert by_name(score_checks(tiny_llama(), must_share=True)) == HEALTHY
+        assert by_name(model_checks(tiny_llama(), must_share=True)) == HEALTHY
 
     def test_a_score_that_changes_fails(self) -> None:
         model = tiny_llama()
         model.model.register_forward_hook(
             lambda _module, _inputs, out: setattr(out, "last_hidden_state", out.last_hidden_state * torch.rand(()))
         )
-        assert by_name(score_checks(model, must_share=True))["the same score"] is False
+        assert by_name(model_checks(model, must_share=True))["the same score"] is False
 
     def test_a_mask_that_leaks_between_completions_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def leaking(segments: list[list[int]], width: int) -> torch.Tensor:
@@ -40,23 +42,23 @@ class TestScoreChecks:
         model = tiny_llama()
         scoring.as_scorer(model)  # Sharing is measured here, before the mask breaks.
         monkeypatch.setattr(batches, "_prefix_mask", leaking)
-        assert by_name(score_checks(model, must_share=True)) == HEALTHY | {"prompts shared": False}
+        assert by_name(model_checks(model, must_share=True)) == HEALTHY | {"prompts shared": False}
 
     def test_not_sharing_fails_only_where_it_must_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(scoring, "_sharing_is_exact", lambda _scorer: False)
-        assert by_name(score_checks(tiny_llama(), must_share=True)) == HEALTHY | {"prompts shared": False}
-        assert by_name(score_checks(tiny_llama(), must_share=False)) == HEALTHY
+        assert by_name(model_checks(tiny_llama(), must_share=True)) == HEALTHY | {"prompts shared": False}
+        assert by_name(model_checks(tiny_llama(), must_share=False)) == HEALTHY
 
     def test_a_head_that_is_not_the_models_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
         head = scoring.find_head
         monkeypatch.setattr(scoring, "find_head", lambda model: lambda hidden: 1.01 * head(model)(hidden))  # pyright: ignore
-        assert by_name(score_checks(tiny_llama(), must_share=True)) == HEALTHY | {"log-prob head": False}
+        assert by_name(model_checks(tiny_llama(), must_share=True)) == HEALTHY | {"log-prob head": False}
 
     def test_not_a_number_fails(self) -> None:
         model = tiny_llama()
         with torch.no_grad():
             model.lm_head.weight.fill_(float("nan"))
-        assert not any(by_name(score_checks(model, must_share=True)).values())
+        assert not any(by_name(model_checks(model, must_share=True)).values())
 
 
 def test_own_logprobs_are_the_sum_over_the_completions_tokens() -> None:
@@ -67,7 +69,7 @@ def test_own_logprobs_are_the_sum_over_the_completions_tokens() -> None:
     groups = probe_groups(64)
     lengths = [len(member.token_ids or []) for group in groups for member in group.completions]
     expected = -torch.tensor(lengths).float() * torch.tensor(64.0).log()
-    torch.testing.assert_close(own_logprobs(model, groups).detach(), expected)
+    torch.testing.assert_close(own_logprobs(model, encode_groups(groups, None)).detach(), expected)
 
 
 def test_the_probe_is_ragged_and_within_a_small_vocabulary() -> None:
@@ -114,7 +116,7 @@ class TestCommand:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         checks = [Check("one", True, "fine"), Check("two", False, "0.5 nats")]
-        monkeypatch.setattr(doctor_module, "score_checks", lambda *_args, **_names: checks)
+        monkeypatch.setattr(doctor_module, "model_checks", lambda *_args, **_names: checks)
         assert main(["doctor"]) == 1
         out = capsys.readouterr().out
         assert "two  FAIL  0.5 nats" in out and "1 of 2 checks failed" in out
@@ -128,7 +130,7 @@ class TestCommand:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
 
-        monkeypatch.setattr(doctor_module, "score_checks", lambda *_a, **_n: [Check("one", True, "")])
+        monkeypatch.setattr(doctor_module, "model_checks", lambda *_a, **_n: [Check("one", True, "")])
         rows = tmp_path / "rows.jsonl"
         rows.write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], "rewards": [0, 1]}) + "\n")
         tiny_llama().save_pretrained(tmp_path / "tiny")

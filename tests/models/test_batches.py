@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gvpo.errors import UserError
-from gvpo.models.batches import Batch, Row, build_inputs, plan_batches
+from gvpo.models.batches import Batch, PlannedRow, build_inputs, plan_batches
 from gvpo.models.encoding import EncodedGroup
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ class TestPlan:
 
     def test_a_shared_prompt_counts_once(self) -> None:
         (one,) = groups = [group(10, 2, 2, 2)]
-        assert plan_batches(groups, 16, share_prefix=True) == [Batch([Row(0, [0, 1, 2], 16)], whole=True)]
+        assert plan_batches(groups, 16, share_prefix=True) == [Batch([PlannedRow(0, [0, 1, 2], 16)], whole=True)]
         assert [batch.whole for batch in plan_batches(groups, 16, share_prefix=False)] == [False] * 3
         assert [row.members for batch in plan_batches(groups, 15, True) for row in batch.rows] == [[0, 1], [2]]
         assert one.length(0) == 12

@@ -28,12 +28,12 @@ from tiny_tokenizer import (
 from gvpo.errors import UserError
 from gvpo.groups import Completion, Group
 from gvpo.models.encoding import (
+    completed,
     encode_groups,
     encode_prompt,
     end_token,
     end_token_ids,
     render_chat,
-    tokenized,
     turn_end_id,
 )
 from gvpo.models.scoring import sequence_logprobs
@@ -140,7 +140,7 @@ class TestCompletions:
 
     def test_tokenized_once_is_tokenized_for_good(self) -> None:
         group = Group("a", [Completion("b", reward=1.0), Completion("b", truncated=True)], id="x", columns={"c": 1})
-        done = tokenized(group, words_tokenizer())
+        done = completed(group, words_tokenizer())
         assert encode_groups([done], None) == encode_groups([group], words_tokenizer())
         assert (done.prompt, done.id, done.columns) == ("a", "x", {"c": 1})
         assert [(c.text, c.reward, c.truncated) for c in done.completions] == [("b", 1.0, False), ("b", None, True)]

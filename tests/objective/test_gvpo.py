@@ -284,7 +284,7 @@ def test_a_wrong_grouping_shows_on_stale_data_only() -> None:
 
     right, wrong = loss_gradient(stale), loss_gradient(replace(stale, ids=swapped))
     assert torch.cosine_similarity(right, wrong, dim=0) < 0.95
-    # The swapped members have the same reward: with log-ratios of nought nothing could tell.
+    # The swapped members have the same reward: with log-ratios of zero nothing could tell.
     fresh = replace(stale, logps=stale.refs)
     assert torch.equal(loss_gradient(fresh), loss_gradient(replace(fresh, ids=swapped)))
 
@@ -425,8 +425,8 @@ FUNCTIONS = [gvpo_weights, gvpo_loss, gvpo_components]
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["logps_N", "ref_logps_N", "rewards_N"])
 def test_half_precision_is_refused(function: Callable[..., Any], name: str, dtype: torch.dtype) -> None:
-    mend = "rewards are float32" if name == "rewards_N" else "cast the model output to float32 before summing"
-    with pytest.raises(TypeError, match=f"^{name} is {dtype}: {mend}"):
+    advice = "rewards are float32" if name == "rewards_N" else "cast the model output to float32 before summing"
+    with pytest.raises(TypeError, match=f"^{name} is {dtype}: {advice}"):
         function(**GOOD | {name: GOOD[name].to(dtype)})
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from gvpo.report.model_card import hub_id, model_card
-from gvpo.training.config import GVPOConfig, RunConfig
+from gvpo.training.config import GVPOConfig
 
 HISTORY = [
     {"update": 0, "eval/reward": 0.125},
@@ -20,7 +20,7 @@ HISTORY = [
 
 
 def card(base_model: str = "owner/name", dataset: str | None = None, **rest: Any) -> str:
-    given: dict[str, Any] = {"config": GVPOConfig(), "history": HISTORY} | rest
+    given: dict[str, Any] = {"settings": GVPOConfig().model_dump(), "history": HISTORY} | rest
     return model_card(base_model=base_model, dataset=dataset, **given)
 
 
@@ -64,7 +64,7 @@ def test_a_value_that_yaml_would_misread_comes_back_as_it_was() -> None:
 
 
 def test_settings_are_the_configs() -> None:
-    text = card(config=GVPOConfig(beta=0.25, learning_rate=3e-6, seed=77, reference="initial"))
+    text = card(settings=GVPOConfig(beta=0.25, learning_rate=3e-6, seed=77, reference="initial").model_dump())
     for line in (
         "| `beta` | `0.25` |",
         "| `learning_rate` | `3e-06` |",
@@ -84,13 +84,6 @@ def test_rewards_first_and_last() -> None:
 def test_without_rewards_there_is_no_table_of_them() -> None:
     assert "## Rewards" not in card(history=[])
     assert "## Rewards" not in card(history=[{"update": 1, "reward": None}])
-
-
-def test_a_run_config_knows_model_and_dataset() -> None:
-    names: dict[str, Any] = {"model": "owner/base", "train_dataset": "owner/rows"}
-    text = card(base_model="stem", config=RunConfig(**names))
-    assert front_matter(text)["base_model"] == "owner/base"
-    assert front_matter(text)["datasets"] == ["owner/rows"]
 
 
 def test_a_name_cannot_break_out_of_its_place() -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from gvpo.groups import Completion, Group
-from gvpo.report.terminal import Progress, completions_table, plain, plot, shorten
+from gvpo.report.terminal import ProgressDisplay, completions_table, plain, plot, shorten
 
 
 def console(*, terminal: bool = False, width: int = 200) -> tuple[Console, StringIO]:
@@ -146,7 +146,7 @@ ROW = {"update": 3, "reward": 0.5, "loss": 0.01234567, "learning_rate": 1e-5, "g
 class TestProgress:
     def test_without_a_terminal_a_line_where_asked(self) -> None:
         to, out = console(width=20)
-        with Progress(10, console=to) as progress:
+        with ProgressDisplay(10, console=to) as progress:
             progress.update({**ROW, "update": 2}, line=False)
             progress.update(ROW, line=True)
             progress.note("saved [red]x\x1b[2J")
@@ -154,15 +154,15 @@ class TestProgress:
             "update 3/10  reward 0.5  loss 0.01235  log_ratio/mean -2e-07  grad_norm 1.5\nsaved [red]x\n"
         )
 
-    def test_an_evaluation_always_leaves_a_line(self) -> None:
+    def test_an_evaluation_belongs_to_the_latest_update(self) -> None:
         to, out = console()
-        with Progress(10, start=4, console=to) as progress:
-            progress.update({"eval/reward": 0.25, "reward": None}, line=False)
+        with ProgressDisplay(10, start=4, console=to) as progress:
+            progress.update({"eval/reward": 0.25, "reward": None}, line=True)
         assert out.getvalue() == "update 4/10  eval/reward 0.25\n"
 
     def test_a_terminal_has_a_bar(self) -> None:
         to, out = console(terminal=True)
-        with Progress(10, start=2, console=to) as progress:
+        with ProgressDisplay(10, start=2, console=to) as progress:
             progress.update(ROW, line=False)
         text = out.getvalue()
         assert "3/10" in text and "reward 0.5  loss 0.01235" in text and "━" in text
@@ -171,13 +171,13 @@ class TestProgress:
     def test_disabled_shows_nothing(self) -> None:
         for terminal in (True, False):
             to, out = console(terminal=terminal)
-            with Progress(10, enabled=False, console=to) as progress:
+            with ProgressDisplay(10, enabled=False, console=to) as progress:
                 progress.update(ROW, line=True)
                 progress.note("text")
             assert out.getvalue() == ""
 
     def test_a_table_can_be_noted(self) -> None:
         to, out = console()
-        with Progress(10, console=to) as progress:
+        with ProgressDisplay(10, console=to) as progress:
             progress.note(completions_table([Group("p", [Completion("a", reward=1.0)])], 1))
         assert "completion" in out.getvalue() and "policy" in out.getvalue()

@@ -462,7 +462,8 @@ def test_chats_and_ids_are_excerpted_too():
 def test_a_function_without_kwargs_is_told_to_add_them():
     strict = RewardFunction("strict", lambda completions, answer: [0.0])
     message = refusal([text_group("p", "a", answer="1", level=2)], strict)
-    assert "reward function 'strict' does not take 'prompts', 'completion_ids', 'level'" in message
+    assert "reward function 'strict' does not take 'prompts', 'completion_ids', 'trainer_state', " in message
+    assert "'level'" in message
     assert "add **kwargs" in message
 
 

@@ -174,7 +174,7 @@ def test_half_precision_logits_are_widened_first(dtype: torch.dtype):
 @pytest.mark.parametrize("row", [[0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
 def test_a_row_without_a_distribution_is_an_error(row: list[float], temperature: float):
     logits_NV = torch.tensor([[0.0, 1.0], row])
-    with pytest.raises(RuntimeError, match="NaN or infinite logits"):
+    with pytest.raises(UserError, match="NaN or infinite logits"):
         draw_tokens(logits_NV, uniforms(0.5, 0.5), SamplingParams(1, temperature=temperature))
 
 

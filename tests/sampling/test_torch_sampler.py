@@ -28,7 +28,7 @@ from transformers import (
 
 from gvpo.errors import UserError
 from gvpo.sampling import Sample, SamplingParams, TorchSampler
-from gvpo.sampling.torch_sampler import plan_batches
+from gvpo.sampling.torch_sampler import plan_decoding
 
 END = 0
 RAGGED = [[5, 2, 3], [1], [4, 4, 6, 1, 2, 7], [3, 5]]
@@ -299,7 +299,7 @@ def test_training_flags_come_back_and_dropout_is_off_meanwhile():
     assert {name: module.training for name, module in model.named_modules()} == flags
 
     model.transformer.wte.weight.data[:] = torch.nan
-    with pytest.raises(RuntimeError, match="NaN"):
+    with pytest.raises(UserError, match="NaN"):
         TorchSampler(model, [END]).sample(RAGGED, 2, SamplingParams(8), seeds=range(4))
     assert {name: module.training for name, module in model.named_modules()} == flags
 
@@ -330,7 +330,7 @@ def test_the_callers_autocast_is_respected_and_survives():
 def test_batches_hold_every_member_once_within_the_budget(
     lengths: list[int], k: int, new: int, budget: int, ragged: bool
 ):
-    batches = plan_batches(lengths, k, new, max_batch_tokens=budget, ragged=ragged)
+    batches = plan_decoding(lengths, k, new, max_batch_tokens=budget, ragged=ragged)
     members = [(prompt, member) for batch in batches for prompt, span in batch for member in span]
     assert sorted(members) == list(itertools.product(range(len(lengths)), range(k)))
     for batch in batches:
@@ -344,7 +344,7 @@ def test_batches_hold_every_member_once_within_the_budget(
 
 def test_batches_are_filled():
     # 3 members * (2 + 4 tokens) = 18 a group: two groups fit 40, the long prompt (3 * 12 = 36) fits alone.
-    batches = plan_batches([2, 8, 2, 2], 3, 4, max_batch_tokens=40, ragged=True)
+    batches = plan_decoding([2, 8, 2, 2], 3, 4, max_batch_tokens=40, ragged=True)
     assert [[prompt for prompt, _ in batch] for batch in batches] == [[0, 2], [3], [1]]
 
 

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 from training_helpers import first_token, offline_groups, prompts, same_weights, settings, tiny_model, weights
 
 from gvpo.groups import Group
-from gvpo.training import loop
+from gvpo.models.scoring import Scorer
+from gvpo.training import update
 from gvpo.training.loop import GVPOTrainer
+from gvpo.training.update import accumulate_gradients
 
 
 def some_without(groups: list[Group]) -> list[Group]:
@@ -72,7 +75,14 @@ def idle(folder: Path) -> GVPOTrainer:
 def saving(folder: Path) -> GVPOTrainer:
     """A run folder, with checkpoints within a rollout."""
     output = folder / "run"
-    config = settings(groups_per_update=3, max_steps=6, reference="initial", save_steps=3, output_dir=str(output))
+    config = settings(
+        groups_per_update=3,
+        max_steps=6,
+        reference="initial",
+        save_steps=3,
+        output_dir=str(output),
+        report_to="tensorboard",
+    )
     return GVPOTrainer(tiny_model().double(), prompts(7), first_token, config=config)
 
 
@@ -100,30 +110,49 @@ def story(trainer: GVPOTrainer) -> dict[str, Any]:
     """Train, and tell: the rows of metrics, the completions of every rollout, each process's number of batches."""
     rollouts: list[Any] = []
     batches: list[int] = []
-    keep, plan = trainer._keep_completions, loop.plan_scoring
+    keep, plan = trainer._keep, update.plan_scoring
 
-    def keeping(folder: Any, display: Any, groups: list[Group]) -> None:
+    def keeping(report: Any, groups: list[Group]) -> None:
         everyones = trainer.processes.interleave(groups)
         rollouts.append([[group.prompt_ids, [c.token_ids for c in group.completions]] for group in everyones])
-        keep(folder, display, groups)
+        keep(report, groups)
 
     def planning(*args: Any) -> Any:
         made = plan(*args)
         batches.append(len(made))
         return made
 
-    trainer._keep_completions = keeping  # pyright: ignore[reportAttributeAccessIssue]
-    loop.plan_scoring = planning
+    trainer._keep = keeping  # pyright: ignore[reportAttributeAccessIssue]
+    update.plan_scoring = planning
     try:
         trainer.train()
     finally:
-        loop.plan_scoring = plan
+        update.plan_scoring = plan
     return {
         "world_size": trainer.processes.count,
         "history": trainer.history,
         "rollouts": rollouts,
         "batches": gather_object([batches]),
     }
+
+
+def wrapped_gradient(rank: int | None) -> torch.Tensor:
+    """The gradient of ragged groups through DistributedDataParallel, or (rank None) of all of them in one process.
+
+    The second process has one group and one batch, the first has four groups, some in several batches.
+    """
+    groups = offline_groups(5, sizes=(3, 2, 5, 4))
+    for number, completion in enumerate(completion for group in groups for completion in group.completions):
+        completion.ref_logprob = -20.0 + 3 * (number % 7)
+    model = tiny_model().double()
+    options = {"beta": 0.1, "token_budget": 14, "share_prefix": False}
+    if rank is None:
+        accumulate_gradients(model, groups, **options)
+    else:
+        wrapped = DistributedDataParallel(Scorer(model))
+        mine = groups[4:] if rank else groups[:4]
+        accumulate_gradients(wrapped, mine, denominator=len(groups) / 2, **options)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def main(folder: Path) -> None:
@@ -138,6 +167,8 @@ def main(folder: Path) -> None:
         if trainer.processes.is_main:
             save_file(mine, folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(told))
+    rank = torch.distributed.get_rank()
+    save_file({"gradient": wrapped_gradient(rank)}, folder / f"gradient-{rank}.safetensors")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import tracking
 from training_helpers import (
     CHAT_TEMPLATE,
     VOCABULARY,
@@ -25,7 +26,6 @@ from training_helpers import (
 
 from gvpo.errors import UserError
 from gvpo.groups import Completion, Group
-from gvpo.training import processes
 from gvpo.training.loop import GVPOTrainer
 
 CHAT = [{"role": "user", "content": "abc"}]
@@ -92,6 +92,30 @@ def test_rows_that_exceed_the_token_budget() -> None:
     assert "a completion of 14 exceed token_budget=16" in at_start(tiny_model(), [row], token_budget=16)
 
 
+def test_a_budget_smaller_than_one_completion() -> None:
+    message = at_start(tiny_model(), prompts(), first_token, token_budget=4, max_completion_length=4)
+    assert message.startswith("config, field 'token_budget': 4 cannot hold")
+
+
+def test_max_completion_length_is_no_limit_where_nothing_is_sampled() -> None:
+    GVPOTrainer(tiny_model(), offline_groups(), config=settings(token_budget=32, max_completion_length=2048))
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_ids_outside_the_vocabulary(sampled: bool) -> None:
+    good, bad = Completion(None, [1], reward=0.0), Completion(None, [1, VOCABULARY], reward=1.0)
+    rows: list[Any] = [{"prompt_ids": [1, VOCABULARY]}] if sampled else [Group(None, [good, bad], prompt_ids=[1])]
+    message = at_start(tiny_model(), [*prompts(1), *rows], first_token)
+    field = "prompt_ids" if sampled else "completions[1].token_ids"
+    assert message.startswith(f"train_dataset, row 2, field {field!r}: token id 16 is outside")
+
+
+def test_groups_of_one_alone_teach_nothing() -> None:
+    one = Group(None, [Completion(None, [1], reward=1.0)], prompt_ids=[1])
+    assert "neither this group nor any other has two completions" in at_start(tiny_model(), [one, one])
+    GVPOTrainer(tiny_model(), [one, *offline_groups(1)], config=settings())
+
+
 def test_max_completion_length_does_not_limit_the_datas_completions() -> None:
     row = Group(None, [Completion(None, [1] * n, reward=float(n)) for n in (2, 30)], prompt_ids=[1, 2, 3])
     history = run(tiny_model(), [row], max_completion_length=4, max_steps=1).history
@@ -117,11 +141,6 @@ def test_an_empty_prompt() -> None:
     assert "row 1, field 'prompt': empty" in at_start(
         tiny_model(), [{"prompt": ""}], first_token, tokenizer=letters_tokenizer()
     )
-
-
-def test_ids_outside_the_vocabulary() -> None:
-    row = Group(None, [Completion(None, [VOCABULARY], reward=1.0), Completion(None, [1], reward=0.0)], prompt_ids=[1])
-    assert "vocabulary of 16" in refusal(tiny_model(), [row])
 
 
 def test_a_frozen_model() -> None:
@@ -212,11 +231,75 @@ def test_evaluation_without_data() -> None:
         assert f"field {name!r}" in at_start(tiny_model(), prompts(), first_token, **options)
 
 
+def test_functions_that_cannot_be_called_are_found_at_the_start() -> None:
+    rows = [{"prompt_ids": [1]}, {"prompt_ids": [2], "level": 3}]
+    assert "add **kwargs" in at_start(tiny_model(), rows, lambda completion_ids: [0.0] * len(completion_ids))
+    message = at_start(tiny_model(), rows, lambda completion_ids, solution, **_: [0.0] * len(completion_ids))
+    assert "needs 'solution'" in message
+    assert "rename it" in at_start(tiny_model(), [{"prompt_ids": [1], "trainer_state": 1}], first_token)
+
+
+def test_a_column_that_a_rollout_lacks_is_none() -> None:
+    seen = []
+
+    def reward(completion_ids: list[Any], level: list[int | None], **_: Any) -> list[float]:
+        seen.append(level)
+        return first_token(completion_ids)
+
+    rows = [{"prompt_ids": [1]}, {"prompt_ids": [2], "level": 3}]
+    options = {"shuffle_dataset": False, "groups_per_update": 1, "updates_per_rollout": 1, "max_steps": 2}
+    run(tiny_model(), rows, reward, **options)
+    assert seen == [[None] * 3, [3] * 3]
+
+
+def test_messages_that_the_template_refuses_are_found_at_the_start() -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+    rows = [{"prompt": CHAT}, {"prompt": [{"role": "system", "content": "a"}, *CHAT]}]
+    message = at_start(tiny_model(), rows, first_token, tokenizer=letters_tokenizer(template))
+    assert message.startswith("train_dataset, row 2: ") and "no system" in message
+
+
+def test_an_update_that_changes_nothing_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = {"disable_tqdm": False, "max_steps": 2}
+    run(tiny_model(), prompts(), lambda completion_ids, **_: [None] * len(completion_ids), **nothing)
+    assert capsys.readouterr().out.count("no group has two rewarded completions") == 1
+
+
+def test_arguments_of_the_wrong_kind() -> None:
+    with pytest.raises(UserError, match="model is a NoneType"):
+        GVPOTrainer(None, prompts(), first_token)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="model is a Linear; give a causal language model"):
+        GVPOTrainer(torch.nn.Linear(2, 2), prompts(), first_token)
+    with pytest.raises(UserError, match="tokenizer is a path"):
+        GVPOTrainer(tiny_model(), prompts(), first_token, tokenizer="path")
+    with pytest.raises(UserError, match="config is a dict; give a GVPOConfig"):
+        GVPOTrainer(tiny_model(), prompts(), first_token, config={"max_steps": 1})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="sources is a list; give an object with fill"):
+        GVPOTrainer(tiny_model(), prompts(), first_token, sources=[])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_not_trained(dtype: torch.dtype) -> None:
+    assert "float32 model" in at_start(tiny_model().to(dtype), prompts(), first_token)
+
+
+def test_a_broken_model_is_one_line() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="NaN or infinite logits"):
+        run(model, prompts(), first_token)
+
+
+def test_all_trackers_need_a_folder() -> None:
+    assert "give output_dir" in at_start(tiny_model(), prompts(), first_token, report_to="all")
+
+
 def test_trackers_that_cannot_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = at_start(tiny_model(), prompts(), first_token, report_to="tensorbord", output_dir=str(tmp_path))
     assert "'report_to': 'tensorbord'" in message and "did you mean 'tensorboard'?" in message
     assert "give output_dir" in at_start(tiny_model(), prompts(), first_token, report_to="tensorboard")
-    monkeypatch.setattr(processes, "get_available_trackers", list)
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
     message = at_start(tiny_model(), prompts(), first_token, report_to="tensorboard", output_dir=str(tmp_path))
     assert "not installed" in message
 
@@ -226,6 +309,9 @@ def test_columns_that_a_run_folder_cannot_keep(tmp_path: Path) -> None:
     message = at_start(tiny_model(), rows, first_token, output_dir=str(tmp_path / "run"))
     assert message.startswith("train_dataset, row 1, field 'day'") and "JSON" in message
     run(tiny_model(), rows, first_token, max_steps=1)
+    members = [Completion(None, [n], reward=n, meta={"day": date(2020, 1, n + 1)}) for n in range(2)]
+    message = at_start(tiny_model(), [Group(None, members, prompt_ids=[1])], output_dir=str(tmp_path / "run"))
+    assert message.startswith("train_dataset, row 1, field 'completions[0].meta'")
 
 
 def test_nothing_is_written_where_nothing_was_begun(tmp_path: Path) -> None:
@@ -234,8 +320,9 @@ def test_nothing_is_written_where_nothing_was_begun(tmp_path: Path) -> None:
 
 
 def test_text_mistakes_cost_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rows that are wrong, the model is not so much as looked for."""
+    """With rows that are wrong, the model is not even looked for."""
     monkeypatch.setattr("gvpo.training.loop.load_model", lambda *_, **__: sys.exit("loaded"))
+    monkeypatch.setattr("gvpo.models.loading.check_hub", lambda *_: None)
     at_start("some/model", [{}], first_token)
     at_start("./none", prompts(), first_token)
     assert "./no-reference" in at_start("some/model", prompts(), first_token, reference="./no-reference")

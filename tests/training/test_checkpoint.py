@@ -51,19 +51,20 @@ def trainer_in(folder: Path, data: Any, model: Any = None, **options: Any) -> GV
     return GVPOTrainer(model, data, logging_reward, config=config, eval_dataset=prompts(2))
 
 
-def crashed(folder: Path, data: Any, stop_after: int, **options: Any) -> None:
-    """A run that dies while it logs update `stop_after` + 1."""
+def crashed(folder: Path, data: Any, stop_after: int, resume: Any = None, **options: Any) -> None:
+    """A run that dies when update `stop_after` + 1 is made, before anything of it is written."""
     trainer = trainer_in(folder, data, **options)
-    log = trainer._log
+    update = trainer._update
 
-    def dying(folder: Any, display: Any, row: dict[str, Any]) -> None:
+    def dying() -> dict[str, Any]:
+        row = update()
         if row["update"] > stop_after:
             raise KeyboardInterrupt
-        log(folder, display, row)
+        return row
 
-    trainer._log = dying  # pyright: ignore[reportAttributeAccessIssue]
+    trainer._update = dying  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,19 @@ def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
     assert again.history == first.history
 
 
+def test_an_older_checkpoint_gives_up_what_came_after_it(tmp_path: Path) -> None:
+    options = {"max_steps": 8, "updates_per_rollout": 1, "eval_steps": 2, "save_total_limit": None}
+    trainer_in(tmp_path, prompts(7), save_steps=2, **options).train()
+    crashed(tmp_path, prompts(7), 3, tmp_path / "checkpoints" / "step-2", save_steps=3, **options)
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    files = sorted(entry.name for entry in (tmp_path / "completions").iterdir())
+    assert files == ["eval-000002.jsonl", *(f"rollout-{n:06d}.jsonl" for n in (1, 2, 3, 4))]
+    assert [row["update"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    again = trainer_in(tmp_path, prompts(7), save_steps=3, **options)
+    again.train(resume_from_checkpoint=True)
+    assert [row["update"] for row in again.history] == list(range(1, 9))
+
+
 # Refusals
 
 
@@ -224,6 +238,15 @@ def test_a_missing_file(saved: Path, name: str) -> None:
     assert name in refusal(saved)
 
 
+@pytest.mark.parametrize("name", ["parameters", "optimizer", "reference", "rng"])
+def test_a_flipped_bit(saved: Path, name: str) -> None:
+    file = saved / f"{name}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 64
+    file.write_bytes(data)
+    assert str(file) in refusal(saved)
+
+
 def test_a_missing_snapshot(saved: Path) -> None:
     (saved / "reference.safetensors").unlink()
     assert "reference" in refusal(saved)
@@ -243,8 +266,25 @@ def test_groups_that_are_cut_short(saved: Path) -> None:
     assert "groups.jsonl" in refusal(saved)
 
 
-def test_a_rollout_of_another_size(saved: Path) -> None:
-    assert "groups_per_update" in refusal(saved, groups_per_update=3)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups_per_update": 3},
+        {"updates_per_rollout": 3},
+        {"epochs_per_rollout": 2},
+        {"seed": 43},
+        {"shuffle_dataset": False},
+    ],
+)
+def test_what_would_be_another_run(saved: Path, change: dict[str, Any]) -> None:
+    (name,) = change
+    assert f"made with {name}=" in refusal(saved, **change)
+
+
+def test_another_dataset(saved: Path) -> None:
+    trainer = GVPOTrainer(tiny_model(), prompts(9), first_token, config=settings(reference=2))
+    with pytest.raises(UserError, match="made with dataset rows=6, this run has dataset rows=9"):
+        trainer.train(resume_from_checkpoint=saved)
 
 
 @pytest.mark.parametrize("reference", ["rollout", None])

@@ -27,10 +27,11 @@ from training_helpers import (
 )
 from transformers import LlamaForCausalLM
 
+from gvpo.errors import UserError
 from gvpo.group_files import read_groups
 from gvpo.groups import Completion, Group
 from gvpo.sources.policy import draw_seed
-from gvpo.training import loop
+from gvpo.training import update as update_module
 from gvpo.training.loop import GVPOTrainer
 
 
@@ -38,13 +39,13 @@ from gvpo.training.loop import GVPOTrainer
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[tuple[int, ...], int]]]:
     """For every update: prompt ids and number of members of each group that is back-propagated."""
     seen: list[list[tuple[tuple[int, ...], int]]] = []
-    real = loop.backpropagate
+    real = update_module._backpropagate
 
     def spy(scorer: Any, encoded: Any, *args: Any) -> Any:
         seen.append([(tuple(group.prompt_ids), len(group.completion_ids)) for group in encoded])
         return real(scorer, encoded, *args)
 
-    monkeypatch.setattr(loop, "backpropagate", spy)
+    monkeypatch.setattr(update_module, "_backpropagate", spy)
     return seen
 
 
@@ -381,7 +382,87 @@ def test_chat_completions_reach_functions_as_messages() -> None:
 
     chat = [{"role": "user", "content": "abc"}]
     run(tiny_model(), [{"prompt": chat}], reward, tokenizer=letters_tokenizer(CHAT_TEMPLATE), max_steps=1)
+    assert len(seen) == 2 * 2 * 3  # one rollout: two updates of two groups of three
     assert all(prompt == chat and message["role"] == "assistant" for prompt, (message,) in seen)
+
+
+def test_with_a_tokenizer_functions_get_texts_of_what_is_given_as_ids() -> None:
+    seen = []
+
+    def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+        seen.extend(zip(prompts, completions, strict=True))
+        return [float(n) for n in range(len(completions))]
+
+    given = Group(None, [Completion(token_ids=[0, 1, END]), Completion(token_ids=[2, END])], prompt_ids=[2, 2])
+    rows = [given, {"prompt_ids": [0, 2]}, {"prompt": "ab"}, {"prompt": "cc", "completions": ["a", "b"]}]
+    options = {"max_steps": 1, "groups_per_update": 4, "updates_per_rollout": 1, "shuffle_dataset": False}
+    run(tiny_model(), rows, reward, tokenizer=letters_tokenizer(), **options)
+    assert [prompt for prompt, _ in seen] == ["cc"] * 2 + ["ac"] * 3 + ["ab"] * 3 + ["cc"] * 2
+    texts = [text for _, text in seen]
+    assert texts[:2] + texts[-2:] == ["ab", "c", "a", "b"]
+    assert all(isinstance(text, str) for text in texts)
+
+
+def test_meta_of_ones_own_is_kept_and_counts_as_nothing() -> None:
+    data = offline_groups(2, sizes=(3,))
+    for number, completion in enumerate(c for group in data for c in group.completions):
+        completion.meta["rewards"] = [0.5, [0.5], {"judge": "good", "human": 0.25}][number % 3]
+    row = run(tiny_model(), data, max_steps=1).history[0]
+    assert {name: row[name] for name in row if name.startswith("rewards/")} == {"rewards/human/mean": 0.25}
+
+
+def test_what_functions_log_extra_is_kept_with_the_completions(tmp_path: Path) -> None:
+    def reward(completion_ids: list[Any], log_extra: Any, **kwargs: Any) -> list[float]:
+        log_extra("lengths", torch.tensor([len(ids) for ids in completion_ids]))
+        log_extra("notes", [f"first {ids[0]}" for ids in completion_ids])
+        return first_token(completion_ids)
+
+    data = [*prompts(2), *offline_groups(1, sizes=(2,)), *prompts(3)[2:]]  # the offline group is not asked about
+    options = {"max_steps": 1, "groups_per_update": 4, "updates_per_rollout": 1, "shuffle_dataset": False}
+    run(tiny_model(), data, reward, output_dir=str(tmp_path / "run"), **options)
+    groups = list(read_groups(tmp_path / "run" / "completions" / "rollout-000001.jsonl"))
+    for number, group in enumerate(groups):
+        for one in group.completions:
+            ids = one.token_ids or []
+            expected = None if number == 2 else {"lengths": len(ids), "notes": f"first {ids[0]}"}
+            assert one.meta.get("extra") == expected
+
+
+def test_evaluations_reach_the_metrics_with_what_functions_log() -> None:
+    def reward(completion_ids: list[Any], log_metric: Any, **kwargs: Any) -> list[float]:
+        log_metric("longest", max(map(len, completion_ids)))
+        return first_token(completion_ids)
+
+    row = run(tiny_model(), prompts(), reward, eval_dataset=prompts(3), max_steps=1).history[0]
+    assert {"longest", "eval/longest"} <= row.keys()
+
+
+def test_one_trainers_precision_is_not_anothers() -> None:
+    def trained(bf16: bool, other: bool) -> dict[str, Any]:
+        model = tiny_model()
+        trainer = GVPOTrainer(model, prompts(), first_token, config=settings(bf16=bf16))
+        if other:
+            GVPOTrainer(tiny_model(1), prompts(), first_token, config=settings(bf16=not bf16))
+        trainer.train()
+        return weights(model)
+
+    for bf16 in (False, True):
+        assert same_weights(trained(bf16, other=False), trained(bf16, other=True))
+    assert not same_weights(trained(False, other=False), trained(True, other=False))
+
+
+def test_a_failure_is_no_end_to_the_display_or_the_trackers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from accelerate.tracking import TensorBoardTracker
+
+    finished: list[bool] = []
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda _self: finished.append(True))
+
+    def failing(**kwargs: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        run(tiny_model(), prompts(), failing, output_dir=str(tmp_path / "run"), report_to="tensorboard")
+    assert finished == [True]
 
 
 # Evaluation

@@ -26,7 +26,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that two processes have left their scenarios in."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": _path()}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()}
     worker = [str(HERE / "process_worker.py"), str(folder)]
     done = subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -79,6 +79,13 @@ def test_the_scenarios_are_what_they_say(one: dict[str, Any], two: Path) -> None
     empty = [row for row in told["idle"]["history"] if row["loss"] == 0 and "reward" not in row]
     assert empty and all(row["grad_norm"] == 0 for row in empty)
     assert any("eval/reward" in row for row in told["sampled"]["history"])
+
+
+def test_a_wrapped_scorers_gradient_is_that_of_all_groups(two: Path) -> None:
+    expected = process_worker.wrapped_gradient(None)
+    for rank in (0, 1):
+        made = load_file(two / f"gradient-{rank}.safetensors")["gradient"]
+        torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_main_process_alone_writes_and_any_number_goes_on(one: dict[str, Any], two: Path) -> None:

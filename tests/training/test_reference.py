@@ -26,8 +26,8 @@ from gvpo.groups import Group
 from gvpo.models.scoring import Scorer, sequence_logprobs
 from gvpo.training import reference as reference_module
 from gvpo.training.loop import GVPOTrainer
+from gvpo.training.processes import OneProcess
 from gvpo.training.reference import Reference
-from gvpo.training.update import OneProcess
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def moved(model: torch.nn.Module, seed: int = 9) -> None:
 
 
 def refs(reference: Reference, groups: list[Group], token_budget: int | None = None) -> list[float]:
-    return reference.logprobs(groups, None, token_budget, True, OneProcess()).tolist()
+    return reference.logprobs(groups, token_budget, True, OneProcess()).tolist()
 
 
 def naive(model: torch.nn.Module, groups: list[Group]) -> list[float]:
@@ -53,9 +53,9 @@ def recorded(trainer: GVPOTrainer) -> list[list[Group]]:
     rollouts: list[list[Group]] = []
     refer = trainer._refer
 
-    def spy() -> None:
-        refer()
-        rollouts.append(copy.deepcopy(trainer.progress.groups))
+    def spy(groups: list[Group]) -> None:
+        refer(groups)
+        rollouts.append(copy.deepcopy(groups))
 
     trainer._refer = spy  # pyright: ignore[reportAttributeAccessIssue]
     trainer.train()
@@ -75,7 +75,7 @@ def ref_logprobs(groups: list[Group]) -> list[float]:
 def test_initial_scores_under_the_weights_at_the_start(token_budget: int | None) -> None:
     model, groups = tiny_model(), offline_groups(5)
     start = copy.deepcopy(model)
-    reference = Reference("initial", Scorer(model), CPU, torch.float32)
+    reference = Reference("initial", Scorer(model))
     moved(model)
     after = weights(model)
     assert refs(reference, groups, token_budget) == pytest.approx(naive(start, groups), abs=1e-4)
@@ -85,7 +85,7 @@ def test_initial_scores_under_the_weights_at_the_start(token_budget: int | None)
 
 def test_rollout_scores_under_the_weights_of_now() -> None:
     model, groups = tiny_model(), offline_groups(3)
-    reference = Reference("rollout", Scorer(model), CPU, torch.float32)
+    reference = Reference("rollout", Scorer(model))
     moved(model)
     assert refs(reference, groups) == pytest.approx(naive(model, groups), abs=1e-4)
     assert reference.state_dict() == {}
@@ -93,7 +93,7 @@ def test_rollout_scores_under_the_weights_of_now() -> None:
 
 def test_an_integer_renews_every_n_rollouts() -> None:
     model, groups = tiny_model(), offline_groups(3)
-    reference = Reference(2, Scorer(model), CPU, torch.float32)
+    reference = Reference(2, Scorer(model))
     scored = []
     held = None
     for rollout in range(5):
@@ -110,20 +110,20 @@ def test_an_integer_renews_every_n_rollouts() -> None:
 def test_a_path_is_another_model(tmp_path: Path) -> None:
     other, model, groups = tiny_model(7), tiny_model(), offline_groups(3)
     other.save_pretrained(tmp_path / "other")
-    reference = Reference(str(tmp_path / "other"), Scorer(model), CPU, torch.float32)
+    reference = Reference(str(tmp_path / "other"), Scorer(model))
     moved(model)
     assert refs(reference, groups) == pytest.approx(naive(other, groups), abs=1e-4)
 
 
 def test_an_adapters_snapshot_is_the_adapter() -> None:
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    reference = Reference("initial", Scorer(model), CPU, torch.float32)
+    reference = Reference("initial", Scorer(model))
     assert len(reference.state_dict()) == 2 and all("lora" in name for name in reference.state_dict())
 
 
 def test_the_weights_come_back_bit_for_bit_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    reference = Reference("initial", Scorer(model), CPU, torch.float32)
+    reference = Reference("initial", Scorer(model))
     start = reference.state_dict()
     start = {name: value.clone() for name, value in start.items()}
     moved(model)
@@ -133,7 +133,7 @@ def test_the_weights_come_back_bit_for_bit_after_an_exception(monkeypatch: pytes
         assert not same_weights(weights(model), before)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reference_module, "score_pass", failing)
+    monkeypatch.setattr(reference_module, "score_plan", failing)
     with pytest.raises(KeyboardInterrupt):
         refs(reference, groups)
     assert same_weights(weights(model), before)
@@ -141,7 +141,7 @@ def test_the_weights_come_back_bit_for_bit_after_an_exception(monkeypatch: pytes
 
 
 def test_no_groups_no_log_probs() -> None:
-    assert refs(Reference("initial", Scorer(tiny_model()), CPU, torch.float32), []) == []
+    assert refs(Reference("initial", Scorer(tiny_model())), []) == []
 
 
 # In training

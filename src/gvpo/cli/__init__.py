@@ -1,0 +1,1 @@
+"""The `gvpo` command: one file per subcommand."""

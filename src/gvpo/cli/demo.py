@@ -1,4 +1,4 @@
-"""`gvpo demo`: the embedded model learns a small task before your eyes, through the same trainer as `gvpo train`."""
+"""`gvpo demo`: the embedded model learns a small task while you watch, through the same trainer as `gvpo train`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ import typer
 
 from gvpo.errors import UserError
 
+UPDATES = 30
 HELD_OUT = 200
 SHOWN = 5
 FULL_MARKS = "exact_match"
+RUN_NAME = "gvpo-demo"
+"""How the demo knows a folder of its own: what carries another name is never removed."""
 
 
 def demo(
     seed: Annotated[int, typer.Option(help="Seeds the task, the order and every draw.", show_default=True)] = 0,
     output_dir: Annotated[str, typer.Option(help="Run folder; the demo replaces its own.")] = "runs/demo",
-    updates: Annotated[int | None, typer.Option(help="Updates, if not the demo's own number.")] = None,
+    updates: Annotated[int, typer.Option(min=1, help="Updates of the policy.", show_default=True)] = UPDATES,
 ) -> None:
     """Teach the embedded model to pick the larger of two numbers, and to answer with the number alone."""
     from rich.console import Console
@@ -29,9 +32,9 @@ def demo(
     from gvpo.report.terminal import plot
     from gvpo.training.loop import GVPOTrainer
 
-    _clear(Path(output_dir))
     train, held_out = make_task(seed)
     config = demo_config(seed, output_dir, updates)
+    _clear(Path(output_dir))
     console = Console()
     console.print(
         f"Loading SmolLM2-135M-Instruct. {len(train)} prompts to train on, {HELD_OUT} held out; such as:\n"
@@ -65,12 +68,12 @@ def demo(
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def demo_config(seed: int, output_dir: str | None, updates: int | None = None) -> Any:
+def demo_config(seed: int, output_dir: str | None, updates: int = UPDATES) -> Any:
     """The demo's settings."""
     from gvpo.training.config import GVPOConfig
 
     return GVPOConfig(
-        max_steps=updates or 30,
+        max_steps=updates,
         learning_rate=3e-5,
         num_generations=8,
         groups_per_update=8,
@@ -79,6 +82,7 @@ def demo_config(seed: int, output_dir: str | None, updates: int | None = None) -
         reward_weights=[0.8, 0.2],
         eval_on_start=True,
         seed=seed,
+        run_name=RUN_NAME,
         output_dir=output_dir,
     )
 
@@ -112,14 +116,14 @@ def _accuracy(row: dict[str, Any]) -> float:
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier demo; anything else in the way is refused."""
-    if not folder.exists():
-        return
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
+    """Remove an earlier demo, finished or not; anything else in the way is refused."""
+    from gvpo.training.config import load_config
+
+    config = folder / "config.yaml"
+    if config.is_file() and load_config(config).get("run_name") == RUN_NAME:
+        shutil.rmtree(folder)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output-dir {str(folder)!r}: holds files that are not a demo's; choose another folder")
-    shutil.rmtree(folder)
 
 
 def _show_answers(console: Any, folder: Path, updates: int) -> None:

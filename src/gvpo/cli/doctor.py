@@ -10,17 +10,17 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gvpo.cli.facts import device, run_facts, show
+
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from gvpo.groups import Group
+    from gvpo.models.score_checks import Check
 
 REQUIRED = ("gvpo", "torch", "transformers", "accelerate", "datasets")
 OPTIONAL = {
@@ -38,8 +38,7 @@ OPTIONAL = {
 }
 """Package to how it is installed; None = with the extra of gvpo that has it, else by its own name."""
 
-TOLERANCE = 1e-3
-"""Nats a token, in float32, between two ways to compute the same score."""
+SHARING = "prompts shared, against rows apart"
 
 
 def doctor(
@@ -60,72 +59,32 @@ def doctor(
         check_model(model)
     if config is not None:
         from gvpo.cli.options import read_config
-        from gvpo.cli.train import run_facts
 
         show("Run", run_facts(read_config(config, {})))
     show("Installed", installed())
     show("Machine", machine())
-    checks = _show_checks("a tiny random Llama", score_checks(tiny_llama(), must_share=True))
+    checks = _show_checks("a tiny random Llama", model_checks(tiny_llama(), must_share=True))
     if model is not None:
-        checks += _show_checks(model, score_checks(load_model(model)[0], must_share=False))
+        checks += _show_checks(model, model_checks(load_model(model)[0], must_share=False))
     failed = sum(not check.holds for check in checks)
     print(f"\n{failed} of {len(checks)} checks failed" if failed else "\nAll checks hold.")
     return 1 if failed else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Something that must be true, whether it is, and the number that says so."""
-
-    name: str
-    holds: bool
-    detail: str
-
-
-def score_checks(model: Any, *, must_share: bool) -> list[Check]:
+def model_checks(model: Any, *, must_share: bool) -> list[Check]:
     """Score two groups of token ids in every way there is, on this machine's device.
 
-    model: a causal model, moved to the device, in evaluation mode, with float32 weights. must_share: whether it is an
-    error that the model computes no prompt once for a whole group.
+    model: a causal model, moved to the device, in evaluation mode, with float32 weights. must_share: whether it is a
+    failure that the model cannot compute a prompt once for a whole group.
     """
-    import torch
+    from gvpo.models.score_checks import Check, score_checks
+    from gvpo.models.scoring import Scorer
 
-    from gvpo.models.scoring import as_scorer, sequence_logprobs
-
-    model = model.to(device())
-    groups = probe_groups(model.get_input_embeddings().num_embeddings)
-    with torch.no_grad():
-        apart_N, again_N = (sequence_logprobs(model, groups, share_prefix=False) for _ in range(2))
-        shared_N = sequence_logprobs(model, groups, share_prefix=True)
-        own_N = own_logprobs(model, groups)
-    tokens_N = torch.tensor([len(member.token_ids or []) for group in groups for member in group.completions])
-    if as_scorer(model).shares_prefix:
-        sharing = _close("prompts shared, against rows apart", shared_N, apart_N, tokens_N)
-    else:
-        sharing = Check(
-            "prompts shared, against rows apart", not must_share, "not shared: every completion has its row"
-        )
-    equal = torch.equal(apart_N, again_N)
-    twice = "equal bit for bit" if equal else f"{float((apart_N - again_N).abs().max()):.2g} nats apart"
-    return [
-        Check("the same score, twice", equal, twice),
-        sharing,
-        _close("log-prob head, against the model's logits", apart_N, own_N, tokens_N),
-    ]
-
-
-def own_logprobs(model: Any, groups: Sequence[Group]) -> Tensor:
-    """Log-probs straight from the model's logits, one completion at a time: logps_N, nats."""
-    import torch
-
-    scores = []
-    for group in groups:
-        for member in group.completions:
-            prompt, completion = group.prompt_ids or [], member.token_ids or []
-            ids = torch.tensor([prompt + completion], device=model.device)
-            logps_TV = model(input_ids=ids).logits[0].float().log_softmax(-1)
-            scores.append(logps_TV[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum())
-    return torch.stack(scores)
+    scorer = Scorer(model.to(device()))
+    checks = score_checks(scorer, probe_groups(scorer.vocabulary))
+    if not scorer.shares_prefix:
+        checks.append(Check(SHARING, not must_share, "not shared: every completion has its own row"))
+    return checks
 
 
 def probe_groups(vocabulary: int) -> list[Group]:
@@ -160,14 +119,6 @@ def tiny_llama() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
-
-
-def device() -> torch.device:
-    """Where a run on this machine goes: the accelerator if there is one, else the CPU."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else accelerator
 
 
 def installed() -> list[tuple[str, str]]:
@@ -212,28 +163,12 @@ def machine() -> list[tuple[str, str]]:
     return rows
 
 
-def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Print a titled list of names and values, aligned."""
-    width = max(len(name) for name, _ in rows) + 2
-    print(f"\n{title}")
-    for name, value in rows:
-        print(f"  {name:<{width}}{value}")
-
-
 def _show_checks(what: str, checks: list[Check]) -> list[Check]:
     show(
         f"Scores of {what} on {device()}",
         [(check.name, f"{'ok  ' if check.holds else 'FAIL'}  {check.detail}") for check in checks],
     )
     return checks
-
-
-def _close(name: str, one_N: Tensor, other_N: Tensor, tokens_N: Tensor) -> Check:
-    difference_N = (one_N.double() - other_N.double()).abs().cpu()
-    worst = float((difference_N / tokens_N).max())
-    # Written so that NaN fails.
-    detail = f"{float(difference_N.max()):.2g} nats, {worst:.2g} a token (limit {TOLERANCE:g})"
-    return Check(name, worst <= TOLERANCE, detail)
 
 
 def _bf16_dtype(place: torch.device) -> str:

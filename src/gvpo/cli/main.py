@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import io
+import os
 import sys
 from itertools import zip_longest
 from typing import Annotated, Any
@@ -40,6 +41,9 @@ def main(argv: list[str] | None = None) -> int | None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Completions hold any character; a terminal or a pipe that cannot show one must not end the run.
         sys.stdout.reconfigure(errors="replace")
+    if not sys.stderr.isatty():
+        # The bars that libraries draw while they load and save are noise in a file.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     arguments = sys.argv[1:] if argv is None else argv
     name = f"gvpo {arguments[0]}" if arguments and arguments[0] in COMMANDS else "gvpo"
     try:

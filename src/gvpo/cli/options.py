@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from gvpo.cli.main import SWITCH
 from gvpo.errors import UserError
-from gvpo.training.config import GVPOConfig, RunConfig, load_config, parse_value
+from gvpo.training.config import ConfigError, GVPOConfig, RunConfig, load_config, parse_value
 
 
 def with_config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,10 +41,10 @@ def read_config(file: str | None, settings: Mapping[str, str | None]) -> RunConf
     Raises UserError that names the flag, or the file and line, of the first mistake.
     """
     given = {name: read_flag(name, text) for name, text in settings.items() if text is not None}
-    in_file = {} if file is None else _read_file(file)
+    in_file = {} if file is None else load_config(file)
     try:
         return RunConfig(**{**in_file, **given})
-    except UserError as error:
+    except ConfigError as error:
         raise UserError(_located(error, file, in_file, given)) from error
 
 
@@ -57,14 +56,6 @@ def read_flag(name: str, text: str) -> Any:
     value = parse_value(text)
     kinds = _kinds(RunConfig.model_fields[name].annotation)
     return text if str in kinds and type(value) not in kinds else value
-
-
-def _read_file(file: str) -> dict[str, Any]:
-    try:
-        values = load_config(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {file!r}: cannot be read: {error}") from error
-    return {str(name): value for name, value in values.items()}
 
 
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -96,19 +87,16 @@ def _kinds(annotation: Any) -> list[type]:
     return [origin or annotation]
 
 
-def _located(error: UserError, file: str | None, in_file: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """The message of RunConfig, with where the mistake stands in place of its word "config"."""
-    cause = error.__cause__
-    assert isinstance(cause, ValidationError)
-    field, problem = cause.errors()[0]["loc"][:1], str(error).partition(": ")[2]
-    if not field:
-        return problem if file is None else f"{file}: {problem}" if not given else f"{file} with the flags: {problem}"
-    name = str(field[0])
-    if name in given:
-        return f"--{name}: {problem}"
-    assert file is not None and name in in_file, "a default that RunConfig refuses"
-    line = _lines(file).get(name)
-    return f"{file}{f', line {line}' if line else ''}, field {name!r}: {problem}"
+def _located(error: ConfigError, file: str | None, in_file: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The mistake, with the flag or the file and line where it stands."""
+    if error.field is None:
+        where = "" if file is None else f"{file}: " if not given else f"{file} with the flags: "
+        return f"{where}{error.problem}"
+    if error.field in given:
+        return f"--{error.field}: {error.problem}"
+    assert file is not None and error.field in in_file, "a default that RunConfig refuses"
+    line = _lines(file).get(error.field)
+    return f"{file}{f', line {line}' if line else ''}, field {error.field!r}: {error.problem}"
 
 
 def _lines(file: str) -> dict[str, int]:

@@ -1,0 +1,1 @@
+"""Held-out prompts: answers and what they are worth."""

@@ -1,4 +1,4 @@
-"""Held-out prompts, answered greedily and scored."""
+"""Held-out prompts, answered greedily, and what their rewards come to."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from gvpo.groups import Completion, Group
-from gvpo.rewards.fill import fill_rewards
-from gvpo.rewards.resolve import RewardFunction
+from gvpo.models.encoding import completed
+from gvpo.rewards.fill import function_rewards
 from gvpo.sampling.sampler import Sampler, SamplingParams
 from gvpo.sources.dataset import Row
 from gvpo.sources.policy import PolicySource
@@ -17,18 +17,7 @@ from gvpo.sources.policy import PolicySource
 def answer_greedily(rows: Sequence[Row], sampler: Sampler, tokenizer: Any | None, max_new_tokens: int) -> list[Group]:
     """One greedy completion for every prompt, as groups of one, in order."""
     source = PolicySource(sampler, tokenizer, 1, SamplingParams(max_new_tokens, temperature=0.0))
-    return source.fill(rows, [0] * len(rows))
-
-
-def score_answers(
-    groups: Sequence[Group],
-    functions: Sequence[RewardFunction],
-    weights: Sequence[float] | None,
-    *,
-    trainer_state: Any = None,
-) -> None:
-    """Set the answers' rewards, in place."""
-    fill_rewards(groups, [False] * len(groups), functions, weights, trainer_state=trainer_state)
+    return [completed(group, tokenizer) for group in source.fill(rows, [0] * len(rows))]
 
 
 def evaluation_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -36,7 +25,7 @@ def evaluation_metrics(groups: Sequence[Group]) -> dict[str, float]:
     answers: list[Completion] = [completion for group in groups for completion in group.completions]
     rewards = [answer.reward for answer in answers if answer.reward is not None]
     row = {"eval/reward": fmean(rewards)} if rewards else {}
-    by_function: list[dict[str, float]] = [answer.meta.get("rewards", {}) for answer in answers]
+    by_function: list[dict[str, float]] = [function_rewards(answer) for answer in answers]
     for name in sorted({name for scores in by_function for name in scores}):
         values = [scores[name] for scores in by_function if name in scores]
         row[f"eval/rewards/{name}/mean"] = fmean(values)

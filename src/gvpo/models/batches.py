@@ -15,13 +15,10 @@ from torch import Tensor
 from gvpo.errors import UserError
 from gvpo.models.encoding import EncodedGroup
 
-Member = tuple[int, int]
-"""(group, member): which completion of which group."""
-
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a batch: a prompt, then one completion, or all the row's completions packed behind it."""
+class PlannedRow:
+    """One row of a batch: the prompt of a group, then one of its completions, or several packed behind it."""
 
     group: int
     members: list[int]
@@ -32,7 +29,7 @@ class Row:
 class Batch:
     """Rows scored in one forward. whole: every group in it is complete here, so that its loss can be taken here."""
 
-    rows: list[Row]
+    rows: list[PlannedRow]
     whole: bool
 
     @property
@@ -41,8 +38,8 @@ class Batch:
         return len(self.rows) * _width(self.rows)
 
     @property
-    def members(self) -> list[Member]:
-        """The members scored here, in the order of the scores."""
+    def members(self) -> list[tuple[int, int]]:
+        """(group, member) of every completion scored here, in the order of the scores."""
         return [(row.group, member) for row in self.rows for member in row.members]
 
 
@@ -58,7 +55,7 @@ def plan_batches(groups: Sequence[EncodedGroup], token_budget: int | None, share
     # Groups of one length together pad the least.
     planned = sorted((_rows(*item, token_budget, share_prefix) for item in enumerate(groups)), key=_width, reverse=True)
     batches: list[Batch] = []
-    open_rows: list[Row] = []
+    open_rows: list[PlannedRow] = []
     for rows in planned:
         if _fits([*open_rows, *rows], token_budget):
             open_rows += rows
@@ -72,7 +69,7 @@ def plan_batches(groups: Sequence[EncodedGroup], token_budget: int | None, share
     return [*batches, Batch(open_rows, whole=True)] if open_rows else batches
 
 
-def _rows(index: int, group: EncodedGroup, token_budget: int | None, share_prefix: bool) -> list[Row]:
+def _rows(index: int, group: EncodedGroup, token_budget: int | None, share_prefix: bool) -> list[PlannedRow]:
     lengths = [group.length(member) for member in range(len(group.completion_ids))]
     if token_budget is not None and max(lengths) > token_budget:
         raise UserError(
@@ -81,29 +78,29 @@ def _rows(index: int, group: EncodedGroup, token_budget: int | None, share_prefi
         )
     if not share_prefix:
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        return [Row(index, [member], lengths[member]) for member in order]
+        return [PlannedRow(index, [member], lengths[member]) for member in order]
     prompt = len(group.prompt_ids)
-    rows: list[Row] = []
+    rows: list[PlannedRow] = []
     members, length = [], prompt
     for member, own in enumerate(lengths):
         if members and token_budget is not None and length + own - prompt > token_budget:
-            rows.append(Row(index, members, length))
+            rows.append(PlannedRow(index, members, length))
             members, length = [], prompt
         members.append(member)
         length += own - prompt
-    return [*rows, Row(index, members, length)]
+    return [*rows, PlannedRow(index, members, length)]
 
 
-def _width(rows: list[Row]) -> int:
+def _width(rows: list[PlannedRow]) -> int:
     return max(row.length for row in rows)
 
 
-def _fits(rows: list[Row], token_budget: int) -> bool:
+def _fits(rows: list[PlannedRow], token_budget: int) -> bool:
     return len(rows) * _width(rows) <= token_budget
 
 
-def _split(rows: list[Row], token_budget: int) -> list[list[Row]]:
-    parts: list[list[Row]] = [[]]
+def _split(rows: list[PlannedRow], token_budget: int) -> list[list[PlannedRow]]:
+    parts: list[list[PlannedRow]] = [[]]
     for row in rows:
         if parts[-1] and not _fits([*parts[-1], row], token_budget):
             parts.append([])

@@ -38,11 +38,22 @@ def encode_groups(groups: Sequence[Group], tokenizer: Any | None) -> list[Encode
     return [_encode_group(group, tokenizer, f"group {index}") for index, group in enumerate(groups)]
 
 
-def tokenized(group: Group, tokenizer: Any | None) -> Group:
-    """The same group with token ids filled in, so that it is encoded once. Raises UserError as encode_groups does."""
+def completed(group: Group, tokenizer: Any | None) -> Group:
+    """The same group with all token ids, and (where there is a tokenizer) all texts, so that both are made once.
+
+    Raises UserError as encode_groups does.
+    """
     (encoded,) = encode_groups([group], tokenizer)
-    members = [replace(c, token_ids=ids) for c, ids in zip(group.completions, encoded.completion_ids, strict=True)]
-    return replace(group, prompt_ids=encoded.prompt_ids, completions=members)
+    prompt = _text(encoded.prompt_ids, tokenizer) if group.prompt is None else group.prompt
+    members = [
+        replace(one, token_ids=ids, text=_text(ids, tokenizer) if one.text is None else one.text)
+        for one, ids in zip(group.completions, encoded.completion_ids, strict=True)
+    ]
+    return replace(group, prompt=prompt, prompt_ids=encoded.prompt_ids, completions=members)
+
+
+def _text(token_ids: list[int], tokenizer: Any | None) -> str | None:
+    return None if tokenizer is None else tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def encode_prompt(prompt: str | list[dict], tokenizer: Any) -> list[int]:
@@ -82,7 +93,7 @@ def render_chat(messages: list[dict], tokenizer: Any, *, add_generation_prompt: 
             add_generation_prompt=add_generation_prompt and not begun,
             continue_final_message=begun,
         )
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"the tokenizer's chat template refuses the messages {messages!r:.200}: {error}") from error
 
 
@@ -125,23 +136,22 @@ def _encode_group(group: Group, tokenizer: Any | None, where: str) -> EncodedGro
         prompt_ids = encode_prompt(group.prompt, tokenizer)
     if not prompt_ids:
         raise UserError(f"{where}, field 'prompt': no tokens; the first completion token needs one before it")
+    ended = any(completion.token_ids is None and not completion.truncated for completion in group.completions)
+    end = end_token(group.prompt, tokenizer) if ended else None
     completion_ids = [
-        _encode_completion(completion, group.prompt, tokenizer, f"{where}, member {member}")
+        _encode_completion(completion, end, tokenizer, f"{where}, member {member}")
         for member, completion in enumerate(group.completions)
     ]
     return EncodedGroup(list(prompt_ids), completion_ids, [completion.loss_mask for completion in group.completions])
 
 
-def _encode_completion(
-    completion: Completion, prompt: str | list[dict] | None, tokenizer: Any | None, where: str
-) -> list[int]:
+def _encode_completion(completion: Completion, end: int | None, tokenizer: Any | None, where: str) -> list[int]:
     if completion.token_ids is not None:
         return list(completion.token_ids)
     assert tokenizer is not None
     ids = list(tokenizer.encode(completion.text, add_special_tokens=False))
     if completion.truncated:
         return ids
-    end = end_token(prompt, tokenizer)
     if end is None:
         raise UserError(
             f"{where}: text that is not truncated gets an end token, and the tokenizer has none; "

@@ -101,7 +101,7 @@ def _fits(model: Any, logits: LogitTransform) -> bool:
     taken: list[Tensor] = []
     with probing(model):
         hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        if hidden is None:
+        if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
             return False
         sizes = torch.tensor(_PROBE_LOGITS, dtype=hidden.dtype, device=hidden.device)[None, :, None]
         resized = hidden * (sizes / head(hidden).abs().amax(-1, keepdim=True))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gvpo.errors import UserError
+from gvpo.errors import UserError, nearest
+from gvpo.hub import check_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ def load_model(
 def check_model(name_or_path: str | Path) -> None:
     """Refuse early what cannot be loaded: a missing file or package, a folder without config or weights.
 
-    Cheap: reads no weights. A hub id is only checked for its form; load_model asks the hub.
+    Cheap: reads no weights. A hub id is only checked for its form, and that the hub can be reached.
     Raises UserError.
     """
     name, path = str(name_or_path), Path(name_or_path)
@@ -76,8 +77,11 @@ def check_model(name_or_path: str | Path) -> None:
                 f"model {name!r}: the folder has no weights in safetensors; pickled weights (.bin, .pt) are not "
                 "loaded: convert them with save_pretrained"
             )
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
-        raise UserError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or {EMBEDDED!r}")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip() or path.exists():
+        kind = "is a file, and not a .gguf one" if path.exists() else "no such folder"
+        raise UserError(f"model {name!r}: {kind}; give a folder, a .gguf file, a hub id or {EMBEDDED!r}")
+    else:
+        check_hub("model", name, f"give a folder or a .gguf file; {nearest(name, [EMBEDDED])}")
 
 
 def load_tokenizer(name: str) -> Any | None:
@@ -95,7 +99,7 @@ def _load_weights(name: str, source: str | Path, options: dict[str, Any]) -> Any
     """The model from a hub id or folder, every weight from its files."""
     from transformers import AutoModelForCausalLM
 
-    with _reading(f"model {name!r}:"):
+    with _reading(f"model {name!r}:"), _no_reports():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -116,7 +120,7 @@ def _load_gguf(name: str, path: Path, options: dict[str, Any]) -> tuple[Any, Any
 
     how: dict[str, Any] = {"gguf_file": path.name}
     if hasattr(transformers, "GgufConfig"):
-        # Else the model is marked as quantized, may be kept in blocks, and refuses to train and to save.
+        # Where it exists, the model would else be marked as quantized, and refuse to train and to save.
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _parsed_once():
         model = _load_weights(name, path.parent, options | how)
@@ -124,8 +128,22 @@ def _load_gguf(name: str, path: Path, options: dict[str, Any]) -> tuple[Any, Any
         if "tokenizer.ggml.model" in gguf.GGUFReader(str(path)).fields:
             with _reading(f"model {name!r}: its tokenizer"):
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model.config._name_or_path = name
+    # What an adapter's config, and a model card, name as their base.
+    model.name_or_path = model.config._name_or_path = name
     return model, tokenizer
+
+
+@contextmanager
+def _no_reports() -> Iterator[None]:
+    """transformers prints a page about weights that do not fit; whoever loads says it in a line."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextmanager
@@ -162,11 +180,14 @@ def _is_adapter(path: Path) -> bool:
 def _load_adapter(path: Path, dtype: torch.dtype, attn_implementation: str | None) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
 
-    base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    with _reading(f"model {str(path)!r}: its adapter"):
+        base_name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base_name:
         raise UserError(f"model {str(path)!r}: adapter_config.json names no base model; set base_model_name_or_path")
     base, tokenizer = load_model(base_name, dtype=dtype, attn_implementation=attn_implementation)
-    return PeftModel.from_pretrained(base, str(path), is_trainable=True), load_tokenizer(str(path)) or tokenizer
+    with _reading(f"model {str(path)!r}: its adapter"):
+        model = PeftModel.from_pretrained(base, str(path), is_trainable=True)
+    return model, load_tokenizer(str(path)) or tokenizer
 
 
 def _embedded_file() -> Path:

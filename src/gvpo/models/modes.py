@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,13 @@ def probing(model: nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Have the model recompute its activations in the backward pass."""
+    # The name of today, and the one of before.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -28,6 +28,9 @@ _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "attention_chunk_size")
 
+_IDLE = [EncodedGroup([0], [[0]], [None])]
+_IDLE_BATCH = plan_batches(_IDLE, None, share_prefix=False)[0]
+
 _sharing: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
 
 
@@ -36,7 +39,7 @@ class Scorer(nn.Module):
 
     This is what data-parallel wrappers wrap, so that their hooks run on the forward that is back-propagated.
     shares_prefix: whether the model honours positions and a 4-D mask, so that a group can be one row with its prompt
-    once; measured here, against one row a completion.
+    once; measured here, against one row per completion.
     Raises UserError for a model that is not a causal one.
     """
 
@@ -91,7 +94,7 @@ def causal_lm(model: Any) -> Any:
     if config is None:
         return model
     if config.is_prompt_learning:
-        raise UserError(f"{config.peft_type} adapters prepend virtual tokens and cannot be scored; use LoRA or its kin")
+        raise UserError(f"{config.peft_type} adapters prepend virtual tokens and cannot be scored; use LoRA")
     return model.get_base_model()
 
 
@@ -112,21 +115,26 @@ def sequence_logprobs(
     Raises UserError if one prompt with one completion exceeds the budget or the model's context, or ids the vocabulary.
     """
     scorer = as_scorer(model)
-    encoded = encode_groups(groups, tokenizer)
-    plan = plan_scoring(scorer, encoded, token_budget, share_prefix)
-    device = next(scorer.parameters()).device
-    pieces = [score_batch(scorer, encoded, batch, device) for batch in plan]
-    if not pieces:
-        return torch.zeros(0, device=device)
-    order = member_order(encoded, plan).to(device)
-    logps_N = torch.cat(pieces)
-    return torch.zeros_like(logps_N).index_copy(0, order, logps_N)
+    encoded = encode_groups(list(groups), tokenizer)
+    return score_plan(scorer, encoded, plan_scoring(scorer, encoded, token_budget, share_prefix))
 
 
-def as_scorer(model: nn.Module) -> Scorer:
-    """The model's Scorer; a Scorer, or one under a data-parallel wrapper, is itself."""
-    inner = getattr(model, "module", model)
-    return model if isinstance(inner, Scorer) else Scorer(model)  # pyright: ignore[reportReturnType]
+def as_scorer(model: nn.Module) -> nn.Module:
+    """A Scorer of the model; a Scorer, or one inside a data-parallel wrapper, is returned as it is.
+
+    Raises UserError for a wrapper around the model itself: its hooks would not run.
+    """
+    if isinstance(unwrapped(model), Scorer):
+        return model
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        kind = type(model).__name__
+        raise UserError(f"{kind}(model) cannot be scored through; give {kind}(gvpo.Scorer(model)), or the bare model")
+    return Scorer(model)
+
+
+def unwrapped(scorer: nn.Module) -> Scorer:
+    """The Scorer inside a data-parallel wrapper; a Scorer is itself."""
+    return getattr(scorer, "module", scorer)  # pyright: ignore[reportReturnType]
 
 
 def plan_scoring(
@@ -136,18 +144,45 @@ def plan_scoring(
 
     Raises UserError naming group and member.
     """
-    inner: Scorer = getattr(scorer, "module", scorer)  # pyright: ignore[reportAssignmentType]
+    inner = unwrapped(scorer)
     for number, group in enumerate(encoded):
         _check(number, group, inner)
     return plan_batches(encoded, token_budget, share_prefix and inner.shares_prefix)
 
 
-def score_batch(scorer: nn.Module, encoded: Sequence[EncodedGroup], batch: Batch, device: torch.device) -> Tensor:
-    """Log-probs of the members of one batch, in the batch's order."""
+def score_plan(
+    scorer: nn.Module, encoded: Sequence[EncodedGroup], plan: Sequence[Batch], passes: int | None = None
+) -> Tensor:
+    """Log-probs of all members of the groups, in their order: logps_N.
+
+    passes: how many forwards to make, where other processes have more batches than this one; default one per batch.
+    """
+    pieces = [
+        score_batch(scorer, encoded, plan[turn] if turn < len(plan) else None) for turn in range(passes or len(plan))
+    ][: len(plan)]
+    if not pieces:
+        return torch.zeros(0, dtype=score_dtype(scorer), device=next(scorer.parameters()).device)
+    logps_N = torch.cat(pieces)
+    return torch.zeros_like(logps_N).index_copy(0, member_order(encoded, plan).to(logps_N.device), logps_N)
+
+
+def score_batch(scorer: nn.Module, encoded: Sequence[EncodedGroup], batch: Batch | None) -> Tensor:
+    """Log-probs of the members of one batch, in the batch's order.
+
+    None is the idle pass of a process that has run out of batches while others have not: collectives must meet.
+    """
+    if batch is None:
+        encoded, batch = _IDLE, _IDLE_BATCH
+    device = next(scorer.parameters()).device
     inputs = build_inputs(encoded, batch, device)
     token_logps_M = scorer(inputs)
     zeros = torch.zeros(len(batch.members), dtype=token_logps_M.dtype, device=device)
     return zeros.index_add(0, inputs.members_M, token_logps_M)
+
+
+def score_dtype(scorer: nn.Module) -> torch.dtype:
+    """The dtype of this model's log-probs: float32, or float64 for a float64 model."""
+    return torch.promote_types(next(scorer.parameters()).dtype, torch.float32)
 
 
 def member_order(encoded: Sequence[EncodedGroup], plan: Sequence[Batch]) -> Tensor:

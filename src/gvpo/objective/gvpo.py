@@ -54,7 +54,7 @@ def gvpo_weights(
     logps_N, ref_logps_N, rewards_N, groups = _prepare(logps_N, ref_logps_N, rewards_N, group_ids_N, beta)
     _check_components(components)
     reward, covariance, variance = (float(name in components) for name in _COMPONENTS)
-    # One centring of the sum, not a sum of three: log-ratios of nought then give the centred rewards to the bit.
+    # One centring of the sum, not a sum of three: log-ratios of zero then give the centred rewards to the bit.
     return groups.centre(reward * rewards_N + beta * (covariance * ref_logps_N - variance * logps_N.detach()))
 
 
@@ -131,6 +131,8 @@ class _Groups(NamedTuple):
 
     def centre(self, values_N: Tensor) -> Tensor:
         """Each value less the mean of its group."""
+        # A lone member is its own mean, whatever it is: infinite too.
+        values_N = torch.where(self.sizes_P[self.index_N] == 1, 0.0, values_N)
         # Less one of its values first: a group of equal values is then centred to exact zeros. Rounding errors in their
         # place (1e-17) would be back-propagated as denormal numbers, at a fiftieth of the speed.
         shift_P = values_N.new_full(self.sizes_P.shape, math.inf).scatter_reduce(
@@ -175,11 +177,11 @@ def _check_logps(name: str, values: Tensor) -> None:
     if values.dtype in (torch.float32, torch.float64):
         return
     if values.is_floating_point():
-        # Sums reach hundreds of nats, where bfloat16 steps by whole nats: casting the sum mends nothing.
-        mend = "cast the model output to float32 before summing over the tokens"
+        # Sums reach hundreds of nats, where bfloat16 steps by whole nats: casting the sum does not help.
+        advice = "cast the model output to float32 before summing over the tokens"
     else:
-        mend = "log-probabilities are float32 or float64"
-    raise TypeError(f"{name} is {values.dtype}: {mend}")
+        advice = "log-probabilities are float32 or float64"
+    raise TypeError(f"{name} is {values.dtype}: {advice}")
 
 
 def _check_rewards(rewards_N: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""What a person looks at: the terminal, and the model card."""

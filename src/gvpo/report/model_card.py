@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from gvpo.training.config import GVPOConfig, RunConfig
 
 SETTINGS = (
     "beta",
@@ -37,22 +35,22 @@ EMBEDDED_HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """The hub's name for what load_model finds in an installed package."""
 
 
-def model_card(*, base_model: str, config: GVPOConfig, history: Sequence[dict[str, Any]], dataset: str | None) -> str:
+def model_card(
+    *, base_model: str, dataset: str | None, settings: Mapping[str, Any], history: Sequence[dict[str, Any]]
+) -> str:
     """A model card: YAML front matter, how the model was trained, its rewards, how to use it, what to cite.
 
-    base_model: what load_model was given, "" if not known. history: one row an update, as in metrics.jsonl. dataset:
-    path or hub id, None if not known; a RunConfig knows both, and wins. The front matter names base model and dataset
-    only by what can be a hub id.
+    base_model: what load_model was given, "" if not known. dataset: path or hub id, None if not known. settings: the
+    run's, by name. history: one row per update, as in metrics.jsonl. The front matter names base model and dataset only
+    by what can be a hub id.
     """
-    if isinstance(config, RunConfig):
-        base_model, dataset = config.model, config.train_dataset or dataset
     return "\n\n".join(
         [
             f"---\n{_front_matter(base_model, dataset)}---",
             "# Model trained with Group Variance Policy Optimization",
             _summary(base_model, history, dataset),
             "## Training",
-            _table(["setting", "value"], [(f"`{name}`", _setting(getattr(config, name))) for name in SETTINGS]),
+            _table(["setting", "value"], [(f"`{name}`", _setting(settings[name])) for name in SETTINGS]),
             *_results(history),
             "## Use",
             _USE,
@@ -136,6 +134,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 _CITATION = """```bibtex
 @misc{gvpo2025,
   title = {{GVPO}: Group Variance Policy Optimization for Large Language Model Post-Training},
+  author = {Zhang, Kaichen and Hong, Yuzhong and Bao, Junwei and Jiang, Hongfei and Song, Yang and Hong, Dingqian and
+            Xiong, Hui},
   year = {2025},
   eprint = {2504.19599},
   archivePrefix = {arXiv}

@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -33,7 +32,7 @@ METRICS = (
 """What lines and bar show of an update's row, the most telling first: a narrow bar shows the first ones."""
 
 
-class Progress:
+class ProgressDisplay:
     """A run's progress: in a terminal a live bar below the lines, elsewhere the lines alone.
 
     total: updates of the run. start: updates made before a resume. enabled: False shows nothing (other processes).
@@ -53,28 +52,30 @@ class Progress:
             TimeElapsedColumn(Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
         )
-        live = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
-        self._bar = Bar(*columns, console=self._console, disable=not live, expand=True)
+        self._live = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
+        self._bar = Progress(*columns, console=self._console, disable=not self._live, expand=True)
         self._task = self._bar.add_task("", total=total, completed=start)
 
-    def __enter__(self) -> Progress:
-        self._bar.start()
+    def __enter__(self) -> ProgressDisplay:
+        if self._live:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._live:
+            self._bar.stop()
 
     def update(self, row: Mapping[str, Any], line: bool) -> None:
         """Show an update's row of metrics; without "update" in it, the latest update's (an evaluation).
 
-        line: whether this update is to leave a line; evaluations always do.
+        line: whether this update is to leave a line.
         """
         self._update = int(row.get("update", self._update))
         metrics = plain(format_metrics(row))
         self._bar.update(self._task, completed=self._update, description=metrics)
-        if line or any(name.startswith("eval/") for name in row):
+        if line:
             self.note(f"update {self._update}/{self._total}  {metrics}")
 
     def note(self, item: Any) -> None:
@@ -180,7 +181,7 @@ def _prompt_text(group: Group) -> str:
 
 
 def _completion_text(completion: Completion) -> str:
-    return str(completion.token_ids) if completion.text is None else completion.text
+    return str(completion.token_ids) if completion.text is None else completion.text or "(empty)"
 
 
 def _resample(values: Sequence[float], width: int) -> list[float]:

@@ -1,18 +1,19 @@
 """Calling reward functions exactly as TRL calls them, and checking what they give back.
 
-The convention is that of `GRPOTrainer._calculate_rewards` in TRL: one call a function for all members of all groups,
+The convention is that of `GRPOTrainer._calculate_rewards` in TRL: one call per function for all members of all groups,
 everything by keyword. Where TRL would go on (NaN read as "no opinion", a log column of the wrong length) or stop with
-a traceback, one line says which function, which value and how to mend it.
+a traceback, one line says which function, which value and how to fix it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from itertools import islice
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gvpo.errors import UserError
-from gvpo.rewards.resolve import RewardFunction, error_line, nearest, shortened
+from gvpo.errors import UserError, nearest
+from gvpo.rewards.resolve import RewardFunction, error_line, shortened
 
 if TYPE_CHECKING:
     from gvpo.groups import Completion, Group
@@ -32,18 +33,18 @@ T = TypeVar("T")
 # TRL leaves these columns out: functions have them as `prompts`, `completions` and `completion_ids`.
 LEFT_OUT = {"prompt", "completion", "completion_ids"}
 RESERVED = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass
 class RewardReport:
     """What the reward functions said about the members of some groups; lists run as the groups and members do.
 
-    Attributes:
-        rewards: for each group and member the weighted sum over the functions that gave a number; None when none did.
-        per_function: for each function's name, the unweighted numbers for each group and member.
-        metrics: what functions gave to `log_metric`, averaged over the calls with the same name.
-        extra: what functions gave to `log_extra`: a column's name, and one value a member, groups laid end to end.
-            A column that several functions log is called `function/column`.
+    rewards: for each group and member the weighted sum over the functions that gave a number; None when none did.
+    per_function: for each function's name, the unweighted numbers for each group and member.
+    metrics: what functions gave to `log_metric`, averaged over the calls with the same name.
+    extra: what functions gave to `log_extra`: a column's name, and one value per member, groups laid end to end. A
+        column that several functions log is called `function/column`.
     """
 
     rewards: list[list[float | None]]
@@ -53,40 +54,41 @@ class RewardReport:
 
 
 def score_groups(
-    groups: list[Group],
-    functions: list[RewardFunction],
-    weights: list[float] | None,
+    groups: Sequence[Group],
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float] | None,
     *,
+    columns: Collection[str] = (),
     trainer_state: Any = None,
 ) -> RewardReport:
     """Call every function once for all members of all groups; the groups are only read, rewards they have included.
 
-    A function gets, by keyword, one value a member in each of: `prompts` (string or messages; None if a group has
+    A function gets, by keyword, one value per member in each of: `prompts` (string or messages; None if a group has
     no prompt text), `completions` (string, or `[{"role": "assistant", "content": text}]` where the prompt is messages;
     None if a member has no text), `completion_ids` (None if a member has no ids), every column but `prompt`,
     `completion` and `completion_ids` (None where a group lacks it); and `trainer_state`, `log_extra`, `log_metric`.
     Lists and dicts are copies. Synchronous functions run first, in order and in this thread; asynchronous ones then
     run together in an event loop in a thread of its own.
 
-    Args:
-        groups: any number, of any sizes. Without members no function is called.
-        functions: names must be unique, as `resolve_rewards` makes them.
-        weights: a finite number for each function; None means 1 for each.
-        trainer_state: handed on as it is.
-
-    Returns:
-        The rewards; bools count as 0 and 1, and None from a function means that it has no opinion.
-
-    Raises:
-        UserError: weights that do not fit; a column that bears the name of another argument; a function that raises,
-            cannot take the arguments, or returns anything but one finite number or None a member.
+    groups: any number, of any sizes. Without members no function is called.
+    functions: names must be unique, as `resolve_rewards` makes them.
+    weights: a finite number for each function; None means 1 for each.
+    columns: names that the dataset has beside those of these groups; functions get them too, None for each member.
+    trainer_state: handed on as it is.
+    Returns the rewards; bools count as 0 and 1, and None from a function means that it has no opinion.
+    Raises UserError for weights that do not fit, a column with the name of another argument, and a function that
+    raises, cannot take the arguments, or returns anything but one finite number or None per member.
     """
     names = [function.name for function in functions]
     assert len(set(names)) == len(names), "names of reward functions must be unique"
     factors = _checked_weights(weights, names)
     members = [_Member(g, m, group, one) for g, group in enumerate(groups) for m, one in enumerate(group.completions)]
     logs = {name: _Log(name) for name in names}
-    outputs = _call_all(functions, members, logs, trainer_state) if members else [[] for _ in functions]
+    names_given = list(dict.fromkeys([*(name for group in groups for name in group.columns), *columns]))
+    check_signatures(functions, names_given)
+    outputs: list[Any] = [[] for _ in functions]
+    if members:
+        outputs = _call_all(functions, members, names_given, logs, trainer_state)
     values_FN = [_numbers(name, output, members) for name, output in zip(names, outputs, strict=True)]
     rewards_N = [
         _weighted_sum(member, [values[n] for values in values_FN], factors) for n, member in enumerate(members)
@@ -119,14 +121,15 @@ class _Log:
         self.metrics: dict[str, list[float]] = defaultdict(list)
 
     def log_extra(self, column: str, values: list[Any]) -> None:
-        self.extra[column].extend(values)
+        # Arrays and tensors, as lists and numbers: a completions file is JSON.
+        self.extra[column].extend(value.tolist() if hasattr(value, "tolist") else value for value in values)
 
     def log_metric(self, name: str, value: float) -> None:
         number = _number(value)
-        if number is None:
+        if number is None or not math.isfinite(number):
             raise UserError(
                 f"reward function {self.function_name!r} called log_metric({name!r}, ...) with {_shown(value)}: "
-                "give a number"
+                "give a finite number"
             )
         self.metrics[name].append(number)
 
@@ -134,7 +137,7 @@ class _Log:
 # Arguments
 
 
-def _checked_weights(weights: list[float] | None, names: Sequence[str]) -> list[float]:
+def _checked_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:
     if weights is None:
         return [1.0] * len(names)
     if len(weights) != len(names):
@@ -148,24 +151,32 @@ def _checked_weights(weights: list[float] | None, names: Sequence[str]) -> list[
     return list(weights)
 
 
-def _arguments(members: Sequence[_Member]) -> dict[str, Any]:
+def check_signatures(functions: Sequence[RewardFunction], columns: Collection[str]) -> None:
+    """Refuse functions that cannot be called with these columns of the dataset, and columns that no function can get.
+
+    Raises UserError.
+    """
+    for name in columns:
+        if functions and name in RESERVED:
+            raise UserError(
+                f"the dataset's column {name!r} has the name of an argument of every reward function: rename it"
+            )
+    arguments = [*ARGUMENTS, *(name for name in columns if name not in LEFT_OUT)]
+    for function in functions:
+        _check_signature(function, arguments)
+
+
+def _arguments(members: Sequence[_Member], columns: Collection[str]) -> dict[str, Any]:
     ids_N = [member.completion.token_ids for member in members]
     return {
         "prompts": _all_or_none([_copied(member.group.prompt) for member in members]),
         "completions": _all_or_none([_as_completion(member) for member in members]),
         "completion_ids": _all_or_none([ids if ids is None else list(ids) for ids in ids_N]),
-        **{name: [_copied(member.group.columns.get(name)) for member in members] for name in _column_names(members)},
+    } | {
+        name: [_copied(member.group.columns.get(name)) for member in members]
+        for name in columns
+        if name not in LEFT_OUT
     }
-
-
-def _column_names(members: Sequence[_Member]) -> list[str]:
-    names = list(dict.fromkeys(name for member in members for name in member.group.columns if name not in LEFT_OUT))
-    for name in names:
-        if name in RESERVED:
-            raise UserError(
-                f"the dataset's column {name!r} has the name of an argument of every reward function: rename it"
-            )
-    return names
 
 
 def _as_completion(member: _Member) -> str | list[dict[str, Any]] | None:
@@ -184,19 +195,23 @@ def _copied(value: Any) -> Any:
         return [_copied(item) for item in value]
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
-    return value
+    return copy.deepcopy(value) if hasattr(value, "tolist") else value  # arrays and tensors can be written into
 
 
 # Calls
 
 
 def _call_all(
-    functions: Sequence[RewardFunction], members: Sequence[_Member], logs: dict[str, _Log], trainer_state: Any
+    functions: Sequence[RewardFunction],
+    members: Sequence[_Member],
+    columns: Collection[str],
+    logs: dict[str, _Log],
+    trainer_state: Any,
 ) -> list[Any]:
     outputs: list[Any] = []
     try:
         for function in functions:
-            outputs.append(_call(function, members, logs[function.name], trainer_state))
+            outputs.append(_call(function, members, columns, logs[function.name], trainer_state))
     except BaseException:
         for output in outputs:
             if inspect.iscoroutine(output):
@@ -210,16 +225,17 @@ def _call_all(
     return outputs
 
 
-def _call(function: RewardFunction, members: Sequence[_Member], log: _Log, trainer_state: Any) -> Any:
+def _call(
+    function: RewardFunction, members: Sequence[_Member], columns: Collection[str], log: _Log, trainer_state: Any
+) -> Any:
     """What the function returns; from an asynchronous one that is a coroutine, of which nothing has run yet."""
-    arguments = _arguments(members)
+    arguments = _arguments(members, columns)
     arguments |= {"trainer_state": trainer_state, "log_extra": log.log_extra, "log_metric": log.log_metric}
-    _check_signature(function, arguments)
     with _blaming(function.name):
         return function.function(**arguments)
 
 
-def _check_signature(function: RewardFunction, arguments: dict[str, Any]) -> None:
+def _check_signature(function: RewardFunction, arguments: Collection[str]) -> None:
     try:
         # A wrapper takes what it takes, whatever the function inside it says.
         parameters = inspect.signature(function.function, follow_wrapped=False).parameters.values()
@@ -244,12 +260,10 @@ def _check_signature(function: RewardFunction, arguments: dict[str, Any]) -> Non
 def _blaming(name: str) -> Iterator[None]:
     try:
         yield
-    except UserError:  # the function says itself what its user has to mend
+    except UserError:  # the function says itself what its user has to fix
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(
-            f"reward function {name!r} raised {error_line(error)}: mend it, or return None there"
-        ) from error
+        raise UserError(f"reward function {name!r} raised {error_line(error)}: fix it, or return None there") from error
 
 
 async def _gathered(calls: Sequence[tuple[str, Awaitable[Any]]]) -> list[Any]:

@@ -1,36 +1,51 @@
-"""Rewards into groups: the members' own where they have them, else what the functions say."""
+"""Groups to rewards: what the reward functions say, written into the members."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from gvpo.groups import Group
+from gvpo.groups import Completion, Group
 from gvpo.rewards.calling import score_groups
 from gvpo.rewards.resolve import RewardFunction
 
 
+def function_rewards(completion: Completion) -> dict[str, float]:
+    """What each reward function gave a completion, by name; empty where none was asked."""
+    kept = completion.meta.get("rewards")
+    # A user's own meta may hold anything under that name.
+    return {str(name): value for name, value in kept.items() if _is_number(value)} if isinstance(kept, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def fill_rewards(
     groups: Sequence[Group],
-    own: Sequence[bool],
     functions: Sequence[RewardFunction],
     weights: Sequence[float] | None,
     *,
+    columns: Collection[str] = (),
     trainer_state: Any = None,
 ) -> dict[str, float]:
-    """Set every completion's reward, in place; groups whose `own` is True keep theirs.
+    """Set the rewards of every completion in place, except in groups that bring their own (one is enough).
 
-    Each function's number is kept in the completion's meta, under "rewards". None from every function leaves the
-    reward None: the member is out of its group. Returns what the functions logged as metrics.
-    Raises UserError as `score_groups` does.
+    None from every function leaves the reward None: the member leaves its group. Each function's number is kept in
+    the completion's meta under "rewards", and what functions gave to log_extra under "extra". columns, trainer_state:
+    as in `score_groups`.
+    Returns what the functions gave to log_metric. Raises UserError as `score_groups` does.
     """
-    asked = [group for group, has_own in zip(groups, own, strict=True) if not has_own]
-    report = score_groups(
-        asked, list(functions), None if weights is None else list(weights), trainer_state=trainer_state
-    )
+    asked = [group for group in groups if all(reward is None for reward in group.rewards)]
+    report = score_groups(asked, functions, weights, columns=columns, trainer_state=trainer_state)
+    first = 0
     for number, group in enumerate(asked):
         for place, completion in enumerate(group.completions):
             completion.reward = report.rewards[number][place]
             by_function = {name: values[number][place] for name, values in report.per_function.items()}
             completion.meta["rewards"] = {name: value for name, value in by_function.items() if value is not None}
+            if report.extra:
+                completion.meta["extra"] = {name: values[first + place] for name, values in report.extra.items()}
+        first += group.k
     return report.metrics

@@ -1,7 +1,7 @@
 """Ready-made rewards, each called as TRL calls a reward function; configs name them (`READY`).
 
 Every function takes `completions` (strings, or message lists whose last message is the answer) and the column
-`answer` (strings or numbers), one value a member, and returns 1.0 or 0.0 for each, or None where the answer is None
+`answer` (strings or numbers), one value per member, and returns 1.0 or 0.0 for each, or None where the answer is None
 (the row lacks the column: another function's task). All are linear in the length of their texts.
 
 Covered: plain numbers with a sign, thousands commas, a decimal point and an exponent; `$` and `%` are ignored, so 50%
@@ -42,8 +42,7 @@ def exact_match(*, completions: Texts | None, answer: Sequence[Any], **columns: 
 def last_number(*, completions: Texts | None, answer: Sequence[Any], **columns: Any) -> list[float | None]:
     """1.0 where the last number in the completion equals the last number in the row's `answer`, exactly, else 0.0.
 
-    Raises:
-        UserError: an answer that holds no number.
+    Raises UserError for an answer that holds no number.
     """
 
     def matches(text: str, expected: Any) -> bool:
@@ -58,8 +57,7 @@ def gsm8k_answer(*, completions: Texts | None, answer: Sequence[Any], **columns:
     The final number is the first one on the line after the last `####`, or the only one in the last `\boxed{}`,
     whichever marker comes later; where neither is present, the last number. A marker without its number is wrong.
 
-    Raises:
-        UserError: an answer that holds no final number.
+    Raises UserError for an answer that holds no final number.
     """
 
     def matches(text: str, expected: Any) -> bool:
@@ -98,7 +96,7 @@ def _expected(name: str, answer: Any, read: Callable[[str], Decimal | None]) -> 
     # Through str, so that the float 0.1 means what it shows and not its binary neighbour.
     number = read(str(answer))
     if number is None:
-        raise UserError(f"reward {name!r}: the answer {str(answer)[:80]!r} holds no number: mend the column 'answer'")
+        raise UserError(f"reward {name!r}: the answer {str(answer)[:80]!r} holds no number: fix the column 'answer'")
     return number
 
 

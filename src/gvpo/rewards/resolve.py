@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from gvpo.errors import UserError
+from gvpo.errors import UserError, nearest
 from gvpo.rewards.ready import READY
 
 
@@ -28,16 +27,11 @@ class RewardFunction:
 def resolve_rewards(spec: str | Callable[..., Any] | Sequence[str | Callable[..., Any]]) -> list[RewardFunction]:
     """Find the reward functions that `spec` names, in its order.
 
-    Args:
-        spec: one entry or a sequence of them. An entry is a callable, `module:function` (imported with the working
-            directory on the path), or the name of a ready-made reward (`gvpo.rewards.READY`).
-
-    Returns:
-        One `RewardFunction` an entry. A name is the function's own; of two alike, the later one gets `_2`, `_3`, ...
-
-    Raises:
-        UserError: an unknown name, a module that is not found or fails on import, a missing function, or an entry
-            that cannot be called.
+    spec: one entry or a sequence of them. An entry is a callable, `module:function` (imported with the working
+        directory on the path), or the name of a ready-made reward (`gvpo.rewards.ready.READY`).
+    Returns one `RewardFunction` per entry. A name is the function's own; of two alike, the later gets `_2`, `_3`, ...
+    Raises UserError for an unknown name, a module that is not found or fails on import, a missing function, or an
+    entry that cannot be called.
     """
     entries = [spec] if isinstance(spec, str) or callable(spec) else spec
     if not isinstance(entries, Sequence):
@@ -62,13 +56,6 @@ def error_line(error: BaseException) -> str:
     """An exception on one line: type, text (cut at 300 characters) and the file and line of its innermost frame."""
     text = shortened(str(error), 300)
     return f"{type(error).__name__}{': ' * bool(text)}{text} ({_place(error)})"
-
-
-def nearest(name: str, valid: Collection[str]) -> str:
-    """The hint that ends a message about an unknown name: the nearest valid one, else all of them (at most ten)."""
-    if close := difflib.get_close_matches(name, valid, n=1, cutoff=0.7):
-        return f"did you mean {close[0]!r}?"
-    return f"there is {', '.join(map(repr, sorted(valid)[:10])) or 'none'}"
 
 
 def _find(entry: str) -> Callable[..., Any]:
@@ -118,7 +105,7 @@ def _import(module_name: str, entry: str) -> ModuleType:
                 f"the Python path{hint}"
             ) from error
         raise UserError(
-            f"reward_funcs: {entry!r}: importing {module_name!r} raised {error_line(error)}: mend the module"
+            f"reward_funcs: {entry!r}: importing {module_name!r} raised {error_line(error)}: fix the module"
         ) from error
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gvpo.errors import UserError
 from gvpo.sampling.sampler import SamplingParams
 
 # The vocabulary is summed in blocks of this many tokens, then one block is searched.
@@ -31,16 +32,18 @@ def member_uniforms(seed: int, num_generations: int, max_new_tokens: int) -> Ten
 
 
 def draw_tokens(logits_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> Tensor:
-    """Draw one token a row: argmax at temperature 0, else the inverse CDF of the filtered distribution.
+    """Draw one token per row: argmax at temperature 0, else the inverse CDF of the filtered distribution.
 
     `logits_NV`: any floating dtype, computed in float32 at least; -inf = never. `uniforms_N`: float64 in [0, 1).
-    Returns int64 tokens_N, on the device of the uniforms. Raises RuntimeError if a row holds NaN or +inf, or nothing
+    Returns int64 tokens_N, on the device of the uniforms. Raises UserError if a row holds NaN or +inf, or nothing
     but -inf.
     """
     logits_NV = logits_NV.to(uniforms_N.device, torch.promote_types(logits_NV.dtype, torch.float32))
     # amax hands NaN on, so one pass finds every row that has no distribution.
     if not torch.isfinite(logits_NV.amax(-1)).all():
-        raise RuntimeError("the model gives NaN or infinite logits: its weights or its precision (dtype) are broken")
+        raise UserError(
+            "the model gives NaN or infinite logits: its weights are broken, or have diverged (lower learning_rate)"
+        )
     if params.temperature == 0:
         return logits_NV.argmax(-1)
     return inverse_cdf(filter_logits(logits_NV, params), uniforms_N)

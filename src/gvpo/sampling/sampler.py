@@ -61,7 +61,7 @@ class Sampler(Protocol):
     ) -> list[list[Sample]]:
         """Draw `num_generations` completions of every prompt, in the order of the prompts.
 
-        `prompts`: P sequences of token ids, none empty. `seeds`: one an entry of `prompts`. What a prompt gets is fixed
+        `prompts`: P sequences of token ids, none empty. `seeds`: one per prompt. What a prompt gets is fixed
         by the weights, its ids, `num_generations`, `params` and its seed, up to floating point; never by the other
         prompts of the call.
         """

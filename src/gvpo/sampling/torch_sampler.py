@@ -25,8 +25,8 @@ _DEFAULT_BATCH_TOKENS = 32768
 class TorchSampler:
     """Draws completions with the model itself, in eval mode and without gradients; every training flag is put back.
 
-    `model`: a causal language model, on any device and in any dtype; its weights are read at every call. It takes
-    `position_ids`, if it has positions that the attention mask does not give. `end_token_ids`: a completion ends with
+    `model`: a causal language model, on any device and in any dtype; its weights are read at every call. One with
+    learned positions must accept `position_ids`. `end_token_ids`: a completion ends with
     the first of them; none = every completion is truncated. `max_batch_tokens`: the most rows * (longest prompt +
     max_new_tokens) in one decode batch; None = 32768, or one row where a row is longer.
 
@@ -54,12 +54,12 @@ class TorchSampler:
         """Draw `num_generations` completions of every prompt: see `Sampler.sample`.
 
         A prompt is read once for all its members, or once a batch where they do not fit one. Raises UserError for an
-        empty prompt, counts that do not match, or lengths beyond the model's positions or `max_batch_tokens`;
-        RuntimeError if the model gives NaN.
+        empty prompt, counts that do not match, lengths beyond the model's positions or `max_batch_tokens`, or a model
+        that gives NaN.
         """
         self._check(prompts, num_generations, params, seeds)
         samples: list[list[Sample]] = [[] for _ in prompts]
-        batches = plan_batches(
+        batches = plan_decoding(
             [len(prompt) for prompt in prompts],
             num_generations,
             params.max_new_tokens,
@@ -83,7 +83,7 @@ class TorchSampler:
         if num_generations < 1:
             raise UserError(f"num_generations is {num_generations}: give at least 1")
         if len(seeds) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
+            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
         positions = _max_positions(self.model)
         for index, prompt in enumerate(prompts):
             if not prompt:
@@ -133,7 +133,7 @@ class TorchSampler:
         return completions
 
 
-def plan_batches(
+def plan_decoding(
     lengths_P: Sequence[int], num_generations: int, max_new_tokens: int, *, max_batch_tokens: int, ragged: bool
 ) -> list[list[tuple[int, range]]]:
     """Split P prompts into decode batches of (prompt, its members), by increasing prompt length.
@@ -157,7 +157,7 @@ def plan_batches(
 
 
 class _Context:
-    """What the model has read so far: one row a completion, left-padded, with the cache where the model has one."""
+    """What the model has read so far: one row per completion, left-padded, with the cache where the model has one."""
 
     def __init__(self, model: nn.Module, rows: int) -> None:
         self.model = model

@@ -1,0 +1,1 @@
+"""What fills a group: the dataset's own completions, or draws from the policy."""

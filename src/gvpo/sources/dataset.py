@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from gvpo.errors import UserError
+from gvpo.errors import FieldError, UserError, located
 from gvpo.group_files import numbered_rows
-from gvpo.groups import Completion, FieldError, Group, group_from_dict
+from gvpo.groups import DATASET_KEYS, Completion, Group, group_from_dict
+from gvpo.hub import check_hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,8 @@ def read_rows(data: Any, *, prompt_column: str = "prompt", name: str = "train_da
 def _rows_of_path(path: str) -> Iterator[tuple[str, Any]]:
     if path.endswith((".jsonl", ".parquet")):
         return numbered_rows(path)
-    if Path(path).suffix and Path(path).exists():
-        raise UserError(f"{path}: not a dataset that is read here; give .jsonl or .parquet")
+    if Path(path).exists() or Path(path).suffix in (".json", ".csv", ".tsv", ".txt", ".arrow"):
+        raise UserError(f"{path}: not a dataset that is read here; give a .jsonl or .parquet file, or a hub dataset")
     return _hub_rows(path)
 
 
@@ -79,6 +80,7 @@ def _hub_rows(path: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     name, _, split = path.partition(":")
+    check_hub("dataset", name, "give a .jsonl or .parquet file")
     try:
         dataset = load_dataset(name, split=split or "train")
     except Exception as error:
@@ -88,19 +90,15 @@ def _hub_rows(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _row(row: Any, where: str, prompt_column: str) -> Row:
-    try:
+    with located(where):
         if isinstance(row, Group):
             return _group_row(row, where)
         if not isinstance(row, Mapping):
             raise UserError(f"expected an object with {prompt_column!r}, got {row!r:.60}")
         return _mapping_row(row, where, prompt_column)
-    except UserError as error:
-        raise UserError(f"{where}{', ' if isinstance(error, FieldError) else ': '}{error}") from error
 
 
 def _group_row(group: Group, where: str) -> Row:
-    if not group.completions:
-        raise FieldError("completions", "none; give a row with a prompt to have them drawn")
     return Row(group.prompt, group.prompt_ids, group.columns, tuple(group.completions), where, group.id)
 
 
@@ -116,15 +114,17 @@ def _mapping_row(row: Mapping[str, Any], where: str, prompt_column: str) -> Row:
         raise FieldError("rewards", "given without 'completions'")
     # A stand-in completion has the prompt checked by Group's own rules.
     checked = Group(row.get(prompt_column), [Completion(text="")], prompt_ids=row.get("prompt_ids"))
-    columns = {key: value for key, value in row.items() if key not in _ROW_KEYS}
+    columns = {key: value for key, value in row.items() if key not in DATASET_KEYS}
     return Row(checked.prompt, checked.prompt_ids, columns, (), where)
-
-
-_ROW_KEYS = frozenset({"prompt", "prompt_ids", "completions", "rewards"})
 
 
 def _with_prompt(row: Mapping[str, Any], prompt_column: str) -> dict[str, Any]:
     return {**row, "prompt": row.get(prompt_column)}
+
+
+def column_names(rows: Iterable[Row]) -> list[str]:
+    """Every column that any of the rows has, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.columns))
 
 
 class PromptOrder:

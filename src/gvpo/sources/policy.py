@@ -1,4 +1,4 @@
-"""What fills a group: the row's own completions, or draws from the policy."""
+"""What draws completions: the `Source` protocol, and the policy itself."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import numpy as np
 
 from gvpo.groups import Completion, Group
 from gvpo.models.encoding import encode_prompt
-from gvpo.sampling.sampler import Sample, Sampler, SamplingParams
+from gvpo.sampling.sampler import Sampler, SamplingParams
 from gvpo.sources.dataset import Row
 
 
 class Source(Protocol):
-    """Anything that fills groups for prompts."""
+    """Anything that makes groups for prompts."""
 
     def fill(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Group]:
-        """One group a row, in order, without rewards; seeds: one a row, all that a draw may depend on."""
+        """One group per row, in order. seeds: one per row, all that a draw may depend on.
+
+        Rewards that the members bring are kept; the reward functions score the groups that bring none.
+        """
         ...
 
 
@@ -30,10 +33,9 @@ class PolicySource:
     tokenizer: Any | None
     num_generations: int
     params: SamplingParams
-    source: str = "policy"
 
     def fill(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Group]:
-        """One group of num_generations draws a row, in order; text is decoded where there is a tokenizer."""
+        """One group of num_generations draws per row, in order, as token ids."""
         if not rows:
             return []
         prompts = [prompt_ids(row, self.tokenizer) for row in rows]
@@ -41,18 +43,12 @@ class PolicySource:
         return [
             Group(
                 row.prompt,
-                [self._completion(sample) for sample in samples],
+                [Completion(None, one.token_ids, source="policy", truncated=one.truncated) for one in samples],
                 prompt_ids=ids,
                 columns=dict(row.columns),
             )
             for row, ids, samples in zip(rows, prompts, drawn, strict=True)
         ]
-
-    def _completion(self, sample: Sample) -> Completion:
-        text = None
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-        return Completion(text, sample.token_ids, source=self.source, truncated=sample.truncated)
 
 
 def prompt_ids(row: Row, tokenizer: Any | None) -> list[int]:

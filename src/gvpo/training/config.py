@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from gvpo.errors import UserError
 
@@ -18,10 +27,19 @@ Schedule = Literal[
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
+class ConfigError(UserError):
+    """A wrong value in a config; `field` is its name, None for a combination of several; `problem` the rest."""
+
+    def __init__(self, field: str | None, problem: str) -> None:
+        super().__init__(f"config: {problem}" if field is None else f"config, field {field!r}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
 class GVPOConfig(BaseModel):
     """Settings of a training run, under the Hugging Face and TRL names wherever the concept is the same.
 
-    Unknown names, values out of range and impossible combinations raise UserError, one line, at construction.
+    Unknown names, values out of range and impossible combinations raise ConfigError, one line, at construction.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -44,7 +62,9 @@ class GVPOConfig(BaseModel):
     max_completion_length: PositiveInt = Field(256, description="Most new tokens in a sampled completion.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probs are always taken at 1.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 the optimum is no longer unique.")
-    top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 = all. As top_p.")
+    top_k: int = Field(
+        0, ge=0, description="Draw from the k likeliest tokens; 0 = all. Else the optimum is no longer unique."
+    )
     groups_per_update: PositiveInt = Field(8, description="Whole groups in one update, over all processes.")
     updates_per_rollout: PositiveInt = Field(
         2, description="Updates that share one rollout of groups_per_update * updates_per_rollout prompts."
@@ -70,7 +90,7 @@ class GVPOConfig(BaseModel):
     share_prefix: bool = Field(True, description="Compute each prompt once per group, where the model allows it.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory.")
     bf16: bool = Field(False, description="bfloat16 autocast over float32 weights.")
-    disable_dropout: bool = Field(True, description="Set every dropout rate to 0; the score must be a function.")
+    disable_dropout: bool = Field(True, description="Set every dropout rate to 0: scoring twice must give the same.")
 
     # Data
     prompt_column: str = Field("prompt", min_length=1, description="Dataset column that holds the prompt.")
@@ -98,7 +118,7 @@ class GVPOConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise UserError(_explain(error, type(self))) from error
+            raise _config_error(error, type(self)) from error
 
     @field_validator("reference", mode="before")
     @classmethod
@@ -113,14 +133,15 @@ class GVPOConfig(BaseModel):
             return value
         raise ValueError("must be 'rollout', 'initial', an integer from 1 (renewed every n rollouts), or a model path")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _take_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
     @model_validator(mode="after")
     def _check_combinations(self) -> GVPOConfig:
-        budget, longest = self.token_budget, self.max_completion_length
-        if budget is not None and budget <= longest:
-            raise ValueError(
-                f"token_budget={budget} cannot hold a prompt and a completion of max_completion_length={longest}; "
-                "raise token_budget or lower max_completion_length"
-            )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
@@ -162,9 +183,11 @@ def load_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config {str(path)!r}: no such file")
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"config {str(path)!r}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"config {str(path)!r}: not UTF-8 ({error}); save the file as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *_CONSTRUCTING) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", error)).split())
@@ -172,15 +195,15 @@ def load_config(path: str | Path) -> dict[str, Any]:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"config {str(path)!r}: must be a mapping of names to values, one a line")
-    return values
+        raise UserError(f"config {str(path)!r}: must be a mapping of names to values, one per line")
+    return {str(name): value for name, value in values.items()}
 
 
 def parse_value(text: str) -> Any:
     """A value from the command line, read as in a config file: 1e-6 is a number, null is None, [a, b] a list."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, *_CONSTRUCTING):
         return text
 
 
@@ -189,8 +212,22 @@ def dump_config(config: GVPOConfig) -> str:
     return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+_CONSTRUCTING = (ValueError, AttributeError, OverflowError, RecursionError)
+"""What PyYAML raises, beside its own errors, for dates that do not exist, endless numbers and nests."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 as a string; YAML 1.2 and everybody's intention read a number."""
+    """Reads 1e-6 as a number, as YAML 1.2 does and YAML 1.1 does not, and refuses a name that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, key.value
+            if isinstance(name, str) and lines.setdefault(name, line) != line:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{name!r} is given twice, first in line {lines[name]}", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -202,15 +239,14 @@ for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _exponent, list("-+.0123456789"))
 
 
-def _explain(error: ValidationError, config: type[BaseModel]) -> str:
-    """The first mistake in one line, with the nearest valid name for an unknown one."""
+def _config_error(error: ValidationError, config: type[BaseModel]) -> ConfigError:
+    """The first mistake, with the nearest valid name for an unknown one."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"][:1])
+    name = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, config.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "gvpo train --help lists them"
-        return f"config, field {name!r}: unknown; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not name:
-        return f"config: {message}"
-    return f"config, field {name!r}: {message[:1].lower()}{message[1:]}, got {first['input']!r:.100}"
+        near = difflib.get_close_matches(str(name), config.model_fields, n=1, cutoff=0.5)
+        return ConfigError(name, f"unknown; {f'did you mean {near[0]!r}?' if near else 'gvpo train --help lists them'}")
+    problem = first["msg"].removeprefix("Value error, ")
+    if name is None:
+        return ConfigError(None, problem)
+    return ConfigError(name, f"{problem[:1].lower()}{problem[1:]}, got {first['input']!r:.100}")

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gvpo.errors import UserError
+from gvpo.errors import UserError, located
 from gvpo.groups import Completion
-from gvpo.models.encoding import encode_groups
+from gvpo.models.encoding import encode_groups, render_chat
 from gvpo.rewards.resolve import RewardFunction
 from gvpo.sources.dataset import Row
 from gvpo.sources.policy import prompt_ids
@@ -41,6 +41,17 @@ def check_prompts(
     Raises UserError naming the row.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = len(model.get_input_embeddings().weight)
+    rendered: set[tuple[tuple[str, str], ...]] = set()
+    for row in [*rows, *eval_rows]:
+        _check_ids(row, vocabulary)
+        # Templates refuse by roles and kinds of content: one of each sort is enough.
+        if isinstance(row.prompt, list) and row.prompt_ids is None and getattr(tokenizer, "chat_template", None):
+            sort = tuple((message["role"], type(message["content"]).__name__) for message in row.prompt)
+            if sort not in rendered:
+                rendered.add(sort)
+                with located(row.where):
+                    render_chat(row.prompt, tokenizer)
     for row in rows:
         _check_encodable(row, row.completions, tokenizer)
         _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
@@ -50,14 +61,15 @@ def check_prompts(
 
 
 def check_columns(rows: Sequence[Row]) -> None:
-    """What a run folder keeps must be JSON. Raises UserError naming row and column."""
+    """What a run folder keeps must be JSON. Raises UserError naming row and field."""
     for row in rows:
-        for name, value in row.columns.items():
+        metas = [(f"completions[{place}].meta", one.meta) for place, one in enumerate(row.completions)]
+        for name, value in [*row.columns.items(), *metas]:
             try:
                 json.dumps(value)
             except (TypeError, ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{row.where}, field {name!r}: cannot be kept in output_dir ({error}); convert or drop the column"
+                    f"{row.where}, field {name!r}: cannot be kept in output_dir ({error}); convert or drop it"
                 ) from error
 
 
@@ -79,6 +91,17 @@ def _check_encodable(row: Row, completions: Sequence[Completion], tokenizer: Any
         raise UserError(f"{row.where}, field 'prompt': empty; the first completion token needs a token before it")
 
 
+def _check_ids(row: Row, vocabulary: int) -> None:
+    given = [("prompt_ids", row.prompt_ids)]
+    given += [(f"completions[{place}].token_ids", one.token_ids) for place, one in enumerate(row.completions)]
+    for name, ids in given:
+        if ids and max(ids) >= vocabulary:
+            raise UserError(
+                f"{row.where}, field {name!r}: token id {max(ids)} is outside the model's vocabulary of {vocabulary}; "
+                "were the ids made by another tokenizer?"
+            )
+
+
 def _check_length(
     row: Row,
     completions: Sequence[Completion],
@@ -92,18 +115,18 @@ def _check_length(
     if not limits or _prompt_at_most(row) + longest <= min(limits):
         return
     length = len(prompt_ids(row, tokenizer))
-    what, mend = f"max_completion_length={longest}", "shorten or drop the prompt, or lower max_completion_length"
+    what, advice = f"max_completion_length={longest}", "shorten or drop the prompt, or lower max_completion_length"
     if completions:
         (encoded,) = encode_groups([row.group(completions)], tokenizer)
         longest = max(map(len, encoded.completion_ids))
-        what, mend = f"a completion of {longest}", "shorten or drop the row"
+        what, advice = f"a completion of {longest}", "shorten or drop the row"
     if context is not None and length + longest > context:
         exceeded = f"the model's context of {context}"
     elif token_budget is not None and length + longest > token_budget:
-        exceeded, mend = f"token_budget={token_budget}", f"raise token_budget; or {mend}"
+        exceeded, advice = f"token_budget={token_budget}", f"raise token_budget; or {advice}"
     else:
         return
-    raise UserError(f"{row.where}, field 'prompt': {length} tokens and {what} exceed {exceeded}; {mend}")
+    raise UserError(f"{row.where}, field 'prompt': {length} tokens and {what} exceed {exceeded}; {advice}")
 
 
 def _prompt_at_most(row: Row) -> int:

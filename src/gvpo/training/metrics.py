@@ -11,6 +11,7 @@ import torch
 
 from gvpo.groups import Group
 from gvpo.objective import gvpo_components
+from gvpo.rewards.fill import function_rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,12 @@ class Member:
 def members_of(
     groups: Sequence[Group], numbers: Sequence[int], logps: Sequence[float], refs: Sequence[float]
 ) -> list[Member]:
-    """The members of these groups; numbers: one a group; logps, refs: one a member, end to end."""
+    """The members of these groups; numbers: one per group; logps, refs: one per member, end to end."""
     members, place = [], 0
     for group, number in zip(groups, numbers, strict=True):
         for one in group.completions:
-            tokens = len(one.token_ids) if one.token_ids is not None else 0
-            rewards = one.meta.get("rewards", {})
-            assert one.reward is not None
+            assert one.reward is not None and one.token_ids is not None
+            tokens, rewards = len(one.token_ids), function_rewards(one)
             members.append(
                 Member(number, one.reward, logps[place], refs[place], tokens, one.truncated, one.source, rewards)
             )

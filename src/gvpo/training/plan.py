@@ -1,13 +1,74 @@
-"""What follows from a config and its data: how many updates, against which reference."""
+"""What a run will be: all that can be decided, and refused, before weights load."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from gvpo.errors import UserError
-from gvpo.sources.dataset import Row
-from gvpo.training.config import GVPOConfig
+from torch import nn
+
+from gvpo.errors import UserError, nearest
+from gvpo.models.loading import check_model
+from gvpo.rewards.calling import check_signatures
+from gvpo.rewards.resolve import RewardFunction, resolve_rewards
+from gvpo.sources.dataset import Row, column_names, read_rows
+from gvpo.training.config import ConfigError, GVPOConfig
+from gvpo.training.data_checks import check_columns, check_rewards
+
+RewardFuncs = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """rows, eval_rows: the data. reference: which policy the KL is taken against. updates: how many in all."""
+
+    rows: list[Row]
+    eval_rows: list[Row]
+    reward_functions: list[RewardFunction]
+    reference: str | int
+    updates: int
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that any row has."""
+        return column_names([*self.rows, *self.eval_rows])
+
+
+def plan_run(
+    config: GVPOConfig, model: nn.Module | str | Path, train_dataset: Any, reward_funcs: RewardFuncs, eval_dataset: Any
+) -> RunPlan:
+    """The plan of a run, from what GVPOTrainer is given; no weights are read.
+
+    Raises UserError for the first mistake, in this order: config, reward imports, rows, model path.
+    """
+    if eval_dataset is None:
+        for name in ("eval_steps", "eval_on_start"):
+            if getattr(config, name):
+                raise ConfigError(name, "there is nothing to evaluate on; give eval_dataset")
+    _check_trackers(config.trackers, config.output_dir)
+    functions = [] if reward_funcs is None else resolve_rewards(reward_funcs)
+    rows = read_rows(train_dataset, prompt_column=config.prompt_column, name="train_dataset")
+    eval_rows: list[Row] = []
+    if eval_dataset is not None:
+        eval_rows = read_rows(eval_dataset, prompt_column=config.prompt_column, name="eval_dataset")
+    check_rewards(rows, eval_rows, functions, config.reward_weights)
+    check_signatures(functions, column_names([*rows, *eval_rows]))
+    if config.output_dir is not None:
+        check_columns([*rows, *eval_rows])
+    _check_members(config, rows)
+    reference = choose_reference(config, rows)
+    if not isinstance(model, nn.Module):
+        if not isinstance(model, str | Path):
+            raise UserError(f"model is a {type(model).__name__}; give a module, or a name or path")
+        check_model(model)
+    elif not hasattr(model, "config"):
+        raise UserError(f"model is a {type(model).__name__}; give a causal language model of transformers")
+    if isinstance(reference, str) and reference not in ("rollout", "initial"):
+        check_model(reference)
+    return RunPlan(rows, eval_rows, functions, reference, planned_updates(config, len(rows)))
 
 
 def choose_reference(config: GVPOConfig, rows: Sequence[Row]) -> str | int:
@@ -18,9 +79,10 @@ def choose_reference(config: GVPOConfig, rows: Sequence[Row]) -> str | int:
     offline = all(row.offline for row in rows)
     reference = config.reference or ("initial" if offline else "rollout")
     if offline and (reference == "rollout" or isinstance(reference, int)) and not config.allow_unanchored:
-        raise UserError(
-            f"config, field 'reference': {reference!r} on offline-only data has no anchor, the policy would collapse; "
-            "use 'initial' or a model path, or set allow_unanchored"
+        raise ConfigError(
+            "reference",
+            f"{reference!r} on offline-only data has no anchor, the policy would collapse; use 'initial' or a model "
+            "path, or set allow_unanchored",
         )
     return reference
 
@@ -29,3 +91,41 @@ def planned_updates(config: GVPOConfig, rows: int) -> int:
     """Updates in all: max_steps, or num_train_epochs over this many rows, each in epochs_per_rollout updates."""
     per_epoch = math.ceil(config.num_train_epochs * rows / config.groups_per_update)
     return config.max_steps or per_epoch * config.epochs_per_rollout
+
+
+def _check_members(config: GVPOConfig, rows: Sequence[Row]) -> None:
+    """Refuse data that cannot teach, and completions to be sampled that no forward could hold."""
+    if all(row.offline and _rewardable(row) < 2 for row in rows):
+        raise UserError(
+            f"{rows[0].where}: neither this group nor any other has two completions with rewards; a group needs two "
+            "or more to teach anything"
+        )
+    budget, longest = config.token_budget, config.max_completion_length
+    if budget is not None and budget <= longest and not all(row.offline for row in rows):
+        raise ConfigError(
+            "token_budget",
+            f"{budget} cannot hold a prompt and a completion of max_completion_length={longest}; raise it, or lower "
+            "max_completion_length",
+        )
+
+
+def _rewardable(row: Row) -> int:
+    """How many members have, or can get, a reward: a row's own rewards win over functions, for all its members."""
+    rewarded = sum(one.reward is not None for one in row.completions)
+    return rewarded if row.has_rewards else len(row.completions)
+
+
+def _check_trackers(names: Sequence[str], output_dir: str | None) -> None:
+    """Refuse trackers that accelerate does not know, or would leave out silently."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for name in sorted(available) if "all" in names else names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError("report_to", f"{name!r} is unknown; {nearest(name, LOGGER_TYPE_TO_CLASS)}")
+        if name not in available:
+            raise ConfigError("report_to", f"{name!r} is not installed; pip install {name}")
+        if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory and output_dir is None:
+            raise ConfigError("report_to", f"{name!r} writes files; give output_dir")

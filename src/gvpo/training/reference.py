@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,8 @@ from gvpo.errors import UserError
 from gvpo.groups import Group
 from gvpo.models.encoding import encode_groups
 from gvpo.models.loading import load_model
-from gvpo.models.scoring import Scorer, member_order, plan_scoring
-from gvpo.training.update import OneProcess, score_pass
+from gvpo.models.scoring import Scorer, plan_scoring, score_plan, unwrapped
+from gvpo.training.processes import OneProcess
 
 
 class Reference:
@@ -29,7 +28,7 @@ class Reference:
     Raises UserError for a path that cannot be loaded.
     """
 
-    def __init__(self, kind: str | int, scorer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, kind: str | int, scorer: nn.Module) -> None:
         self.kind = kind
         self._scorer = scorer
         self._snapshot: dict[str, Tensor] | None = None
@@ -37,7 +36,8 @@ class Reference:
         if kind == "initial" or isinstance(kind, int):
             self.renew()
         elif kind != "rollout":
-            model, _ = load_model(kind, dtype=dtype, device=device)
+            weight = next(scorer.parameters())
+            model, _ = load_model(kind, dtype=weight.dtype, device=weight.device)
             self._other = Scorer(model.requires_grad_(False))
 
     def renew(self) -> None:
@@ -51,27 +51,17 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(
-        self,
-        groups: Sequence[Group],
-        tokenizer: Any | None,
-        token_budget: int | None,
-        share_prefix: bool,
-        processes: OneProcess,
+        self, groups: Sequence[Group], token_budget: int | None, share_prefix: bool, processes: OneProcess
     ) -> Tensor:
-        """log pi_theta'(y|x) of every member, nats, in order; never the sampler's own number."""
+        """log pi_theta'(y|x) of every member, nats, in order, on the CPU; never the sampler's own number.
+
+        groups: with token ids, those of this process; the others call this too.
+        """
         scorer = self._other or self._scorer
-        encoded = encode_groups(groups, tokenizer)
+        encoded = encode_groups(groups, None)
         plan = plan_scoring(scorer, encoded, token_budget, share_prefix)
-        order = member_order(encoded, plan)
-        with self._in_place():
-            pieces = [
-                score_pass(scorer, encoded, plan[turn] if turn < len(plan) else None)
-                for turn in range(processes.most(len(plan)))
-            ][: len(plan)]
-        if not pieces:
-            return torch.zeros(0)
-        logps_N = torch.cat(pieces).cpu()
-        return torch.zeros_like(logps_N).index_copy(0, order, logps_N)
+        with nullcontext() if self._snapshot is None else _exchanged(self._scorer, self._snapshot):
+            return score_plan(scorer, encoded, plan, processes.most(len(plan))).cpu()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The snapshot, for a checkpoint; empty where there is none."""
@@ -81,16 +71,9 @@ class Reference:
         """Put a checkpoint's snapshot in place. Raises UserError if it is of another model."""
         snapshot = self._snapshot or {}
         if {name: value.shape for name, value in state.items()} != {n: value.shape for n, value in snapshot.items()}:
-            raise UserError(
-                "the checkpoint's reference is not of this kind and model; resume with the run's own config"
-            )
+            raise UserError("its reference is not of this kind and model; resume with the run's own config")
         for name, value in snapshot.items():
             value.copy_(state[name])
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        with nullcontext() if self._snapshot is None else _exchanged(self._scorer, self._snapshot):
-            yield
 
 
 @contextmanager
@@ -112,5 +95,4 @@ def _exchange(scorer: nn.Module, snapshot: dict[str, Tensor]) -> None:
 
 def _trainable(scorer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     # Names without a data-parallel wrapper's prefix: a checkpoint does not depend on the number of processes.
-    inner = getattr(scorer, "module", scorer)
-    return ((name, parameter) for name, parameter in inner.named_parameters() if parameter.requires_grad)
+    return ((name, p) for name, p in unwrapped(scorer).named_parameters() if p.requires_grad)

@@ -21,20 +21,12 @@ from gvpo.groups import Group
 class RunFolder:
     """The files of one run. path None: nothing is written.
 
-    Raises UserError if the folder holds another run (and this one does not resume), or the disk is full.
+    Raises UserError as `check_output_dir` does, or if the disk is full.
     """
 
     def __init__(self, path: str | Path | None, *, resume: bool = False) -> None:
+        check_output_dir(path, resume=resume)
         self.path = None if path is None else Path(path)
-        if self.path is None:
-            return
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output_dir {str(path)!r}: is a file; name a folder")
-        if not resume and self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(
-                f"output_dir {str(path)!r}: already holds a run or other files; "
-                "choose another folder, or go on with resume_from_checkpoint"
-            )
 
     def create(self, config: str) -> None:
         """Make the folder, and keep the config in it."""
@@ -44,27 +36,37 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yaml").write_text(config, encoding="utf-8")
 
-    def keep_rows(self, updates: int) -> list[dict[str, Any]]:
-        """Cut metrics and timings back to the first `updates` updates, and return the metrics that are left.
+    def cut_back(self, update: int, rollout: int) -> list[dict[str, Any]]:
+        """Drop what was made after this update and rollout; a resumed run makes it again. Returns the metrics left.
 
-        What is cut off, a resumed run will write again; so it will a last line that a crash left unfinished.
+        Later checkpoints go too: they are of a branch that is given up. So does a line that a crash left unfinished.
         """
-        metrics, _ = (self._keep_rows(name, updates) for name in ("metrics.jsonl", "timings.jsonl"))
+        if self.path is None:
+            return []
+        with disk(self.path):
+            for folder in checkpoints(self.path):
+                if _number(folder) > update:
+                    shutil.rmtree(folder)
+            for kind, last in (("rollout", rollout), ("eval", update)):
+                for file in (self.path / "completions").glob(f"{kind}-*.jsonl"):
+                    if _number(file) > last:
+                        file.unlink()
+            metrics, _ = (self._keep_rows(self.path / name, update) for name in ("metrics.jsonl", "timings.jsonl"))
         return metrics
 
-    def _keep_rows(self, name: str, updates: int) -> list[dict[str, Any]]:
-        if self.path is None or not (self.path / name).exists():
+    def _keep_rows(self, file: Path, update: int) -> list[dict[str, Any]]:
+        if not file.exists():
             return []
-        file = self.path / name
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        kept = [row for row in rows if row["update"] <= updates]
-        with disk(file):
-            replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+        try:
+            kept = [row for line in lines if line.endswith("\n") and (row := json.loads(line))["update"] <= update]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file}: not the rows of a run ({error}); restore the file, or remove it") from error
+        replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
         return kept
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """One row to metrics.jsonl or timings.jsonl, on disk at once."""
+        """One row to metrics.jsonl or timings.jsonl, handed to the system at once."""
         if self.path is not None:
             with disk(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -83,19 +85,44 @@ class RunFolder:
             with disk(self.path):
                 replace_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def checkpoints(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
-        folder = None if self.path is None else self.path / "checkpoints"
-        if folder is None or not folder.is_dir():
-            return []
-        found = [entry for entry in folder.glob("step-*") if entry.name.removeprefix("step-").isdigit()]
-        return sorted(found, key=lambda entry: int(entry.name.removeprefix("step-")))
+
+def check_output_dir(path: str | Path | None, *, resume: bool) -> None:
+    """Refuse a path that cannot be a folder, or that holds another run or other files while this run does not resume.
+
+    A config alone is what a run leaves that failed before its first rewards: it is in nobody's way.
+    Raises UserError. None is a run that writes nothing.
+    """
+    if path is None:
+        return
+    folder = Path(path)
+    with disk(folder):
+        above = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        if not above.is_dir():
+            raise UserError(f"output_dir {str(path)!r}: {above} is not a folder; name a folder")
+        if not os.access(above, os.W_OK):
+            raise UserError(f"output_dir {str(path)!r}: {above} cannot be written to; choose another folder")
+        held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if not resume and not held <= {"config.yaml"}:
+        raise UserError(
+            f"output_dir {str(path)!r}: already holds a run or other files; "
+            "choose another folder, or go on with resume_from_checkpoint"
+        )
+
+
+def checkpoints(path: str | Path | None) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    folders = [] if path is None else (Path(path) / "checkpoints").glob("step-*")
+    return sorted((folder for folder in folders if folder.name.removeprefix("step-").isdigit()), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that appears under its name when it is complete, replacing an old one; after an error, nothing of it."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with disk(target):
@@ -104,38 +131,45 @@ def new_folder(target: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     sync(file)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(target, old)
             os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            sync(target.parent)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
 def disk(path: Path) -> Iterator[None]:
-    """Full disks and refused permissions as one line that names the place."""
+    """What the disk refuses, as one line that names the place."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise UserError(
-                f"{path}: no space left on the disk; free some and resume: the last complete checkpoint is intact"
+                f"{path}: no space left on the disk; free some and resume: every complete checkpoint is intact"
             ) from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path}: cannot be written ({error}); choose another output_dir") from error
-        raise
+        raise UserError(f"{path}: cannot be written ({error}); choose another place, or make room for it") from error
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole, or leave the old one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Ask the system to have the file on disk before going on."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Wait until the disk has the file, or the names in the folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

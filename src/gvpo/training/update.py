@@ -7,25 +7,24 @@ back-propagates it through each part. A mean over part of a group is never forme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gvpo.errors import UserError
+from gvpo.errors import UserError, nearest
 from gvpo.groups import Group
-from gvpo.models.batches import Batch, plan_batches
+from gvpo.models.batches import Batch
 from gvpo.models.encoding import EncodedGroup, encode_groups
-from gvpo.models.scoring import as_scorer, member_order, plan_scoring, score_batch
+from gvpo.models.scoring import as_scorer, member_order, plan_scoring, score_batch, score_dtype, unwrapped
 from gvpo.objective import OBJECTIVES, gvpo_weights
+from gvpo.training.processes import OneProcess, current_processes
 
 Objective = Callable[..., Tensor]
-
-_IDLE = [EncodedGroup([0], [[0]], [None])]
-_IDLE_BATCH = plan_batches(_IDLE, None, share_prefix=False)[0]
 
 
 def accumulate_gradients(
@@ -41,26 +40,86 @@ def accumulate_gradients(
 ) -> dict[str, Any]:
     """Add d loss / d theta of these groups to every parameter's .grad; gradients that are there stay.
 
-    model: a Hugging Face causal model, a PEFT model, or a Scorer; its train or evaluation mode is left alone. groups:
-    every member with a reward needs its ref_logprob (nats); a member whose reward is None leaves its group, and groups
-    left with fewer than two members contribute nothing. beta: > 0. token_budget: most token positions in one forward,
-    None = no limit; neither it nor share_prefix changes the gradient. denominator: number of groups to average over,
-    default those with two rewarded members or more in this call; several processes pass the global count and undo
-    data-parallel averaging.
+    model: a Hugging Face causal model, a PEFT model, or a Scorer, bare or in DistributedDataParallel; its train or
+        evaluation mode is left alone.
+    groups: every member with a reward needs its ref_logprob (nats). A member whose reward is None leaves its group;
+        groups left with fewer than two members contribute nothing.
+    beta: strength of the pull towards the reference, in reward per nat, > 0.
+    tokenizer: needed where a group has text without token ids.
+    token_budget: most token positions in one forward, prompt and padding included; None = no limit. Neither it nor
+        share_prefix changes the gradient.
+    denominator: number of groups to average over; default: those with two rewarded members or more in this call.
+        Several processes pass the global count, divided by their number where a wrapper averages gradients.
     Returns dict(loss: float64 scalar, weights_N: float64, 0 where a member left, logps_N: without a graph,
-    groups: int, those with k >= 2), N = all completions in order.
-    Raises UserError naming group and member for a missing ref_logprob, or what does not fit model or budget.
+    groups: int, those with two rewarded members or more); N = all completions in order.
+    Raises UserError naming group and member for a missing ref_logprob, or for what does not fit model or budget.
     Source: arXiv 2504.19599, Algorithm 1 and its empirical loss, times 1/2.
     """
     scorer = as_scorer(model)
+    gradients = group_gradients(
+        scorer,
+        list(groups),
+        beta=beta,
+        tokenizer=tokenizer,
+        token_budget=token_budget,
+        share_prefix=share_prefix,
+        objective=objective,
+        denominator=denominator,
+        # Under a wrapper the processes exchange gradients, and must do so equally often.
+        processes=current_processes() if unwrapped(scorer) is not scorer else None,
+    )
+    targets, logps_N = gradients.targets, gradients.logps_N
+    return {
+        "loss": gradients.loss,
+        "weights_N": targets.weights(logps_N, beta),
+        "logps_N": logps_N,
+        "groups": targets.teaching_groups(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """What a gradient was made of. loss: float64 scalar, this process's part; logps_N: without a graph."""
+
+    loss: Tensor
+    logps_N: Tensor
+    targets: Targets
+
+    @property
+    def ref_logps_N(self) -> Tensor:
+        """The reference log-probs that were used."""
+        return self.logps_N if self.targets.ref_logps_N is None else self.targets.ref_logps_N
+
+
+def group_gradients(
+    scorer: nn.Module,
+    groups: Sequence[Group],
+    *,
+    beta: float,
+    tokenizer: Any | None,
+    token_budget: int | None,
+    share_prefix: bool,
+    objective: str,
+    denominator: float | None,
+    own_reference: bool = False,
+    processes: OneProcess | None = None,
+) -> Gradients:
+    """`accumulate_gradients` for a Scorer, bare or in a data-parallel wrapper, beside other processes or alone.
+
+    own_reference: the reference is the policy itself at this very update; no ref_logprob is needed or used.
+    """
+    function = find_objective(objective)
     encoded = encode_groups(groups, tokenizer)
     plan = plan_scoring(scorer, encoded, token_budget, share_prefix)
-    targets = Targets.of(groups, next(scorer.parameters()).device)
-    teaching = targets.teaching_groups()
+    targets = Targets.of(groups, next(scorer.parameters()).device, own_reference=own_reference)
     if denominator is None:
-        denominator = teaching
-    logps_N, loss = backpropagate(scorer, encoded, plan, targets, find_objective(objective), beta, denominator)
-    return {"loss": loss, "weights_N": targets.weights(logps_N, beta), "logps_N": logps_N, "groups": teaching}
+        denominator = targets.teaching_groups()
+
+    def loss(logps: Tensor, places: Tensor) -> Tensor:
+        return targets.loss(logps, places, function, beta, denominator)
+
+    logps_N, total = _backpropagate(scorer, encoded, plan, loss, processes or OneProcess())
+    return Gradients(total, logps_N, targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +137,11 @@ class Targets:
 
     @classmethod
     def of(cls, groups: Sequence[Group], device: torch.device, *, own_reference: bool = False) -> Targets:
-        """The targets of these groups, members end to end. Raises UserError for a reward without a ref_logprob."""
-        rewards, refs, ids = [], [], []
+        """The targets of these groups, members end to end.
+
+        Raises UserError for a reward without a ref_logprob, and for what is not finite.
+        """
+        rewards, refs, ids, kept = [], [], [], []
         for number, group in enumerate(groups):
             for place, member in enumerate(group.completions):
                 if member.reward is not None and member.ref_logprob is None and not own_reference:
@@ -87,20 +149,25 @@ class Targets:
                         f"group {number}, member {place}: a reward without a ref_logprob; "
                         "score it under the reference first (sequence_logprobs)"
                     )
-                rewards.append(float("nan") if member.reward is None else member.reward)
+                for name, value in (("reward", member.reward), ("ref_logprob", member.ref_logprob)):
+                    if value is not None and not math.isfinite(value):
+                        raise UserError(
+                            f"group {number}, member {place}: its {name} is {value}; give a finite number or None"
+                        )
+                kept.append(member.reward is not None)
+                rewards.append(0.0 if member.reward is None else member.reward)
                 refs.append(0.0 if member.ref_logprob is None else member.ref_logprob)
                 ids.append(number)
         rewards_N = torch.tensor(rewards, dtype=torch.float64, device=device)
         refs_N = None if own_reference else torch.tensor(refs, dtype=torch.float64, device=device)
-        return cls(rewards_N, refs_N, torch.tensor(ids, dtype=torch.long, device=device), ~rewards_N.isnan())
+        kept_N = torch.tensor(kept, dtype=torch.bool, device=device)
+        return cls(rewards_N, refs_N, torch.tensor(ids, dtype=torch.long, device=device), kept_N)
 
     def teaching_groups(self) -> int:
         """Groups with two rewarded members or more."""
         return int((self.group_ids_N[self.kept_N].bincount() >= 2).sum())
 
-    def loss(
-        self, logps: Tensor, places: Tensor, objective: Objective, beta: float, denominator: float | None
-    ) -> Tensor:
+    def loss(self, logps: Tensor, places: Tensor, objective: Objective, beta: float, denominator: float) -> Tensor:
         """The objective of the members at `places`, whole groups."""
         kept = self.kept_N[places]
         logps, places = logps[kept], places[kept]
@@ -118,51 +185,44 @@ class Targets:
         return weights_N
 
 
-class OneProcess:
-    """How processes keep in step; with one there is nothing to do. `Processes` is the same over accelerate."""
-
-    def most(self, count: int) -> int:
-        """The largest count over all processes."""
-        return count
-
-    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """A block whose backward passes do not exchange gradients yet."""
-        return nullcontext()
+def find_objective(name: str) -> Objective:
+    """The objective of that name. Raises UserError for an unknown one."""
+    if name not in OBJECTIVES:
+        raise UserError(f"objective {name!r} is unknown; {nearest(name, OBJECTIVES)}")
+    return OBJECTIVES[name]
 
 
-def backpropagate(
+def _backpropagate(
     scorer: nn.Module,
     encoded: Sequence[EncodedGroup],
     plan: Sequence[Batch],
-    targets: Targets,
-    objective: Objective,
-    beta: float,
-    denominator: float,
-    processes: OneProcess | None = None,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    processes: OneProcess,
 ) -> tuple[Tensor, Tensor]:
     """Back-propagate the batches of a plan. Returns (logps_N without a graph, the loss).
 
+    loss_of: from log-probs of whole groups, and their places among the N members, to a scalar.
     Every process runs as many forward and backward passes as the one with the most, so that collectives meet; a
-    process that has run out runs an empty one. Gradients are exchanged once, in the last backward.
+    process that has run out runs an idle one. Gradients are exchanged once, in the last backward.
     """
-    processes = processes or OneProcess()
-    device = targets.rewards_N.device
+    count = sum(len(group.completion_ids) for group in encoded)
+    device = next(scorer.parameters()).device
     places = [member_order(encoded, [batch]).to(device) for batch in plan]
-    logps_N = torch.zeros(len(targets.rewards_N), dtype=_score_dtype(scorer), device=device)
+    logps_N = torch.zeros(count, dtype=score_dtype(scorer), device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
 
     # Pass 1: groups that are spread over several batches.
     parts = [number for number, batch in enumerate(plan) if not batch.whole]
     with torch.no_grad():
         for turn in range(processes.most(len(parts))):
-            logps = score_pass(scorer, encoded, plan[parts[turn]] if turn < len(parts) else None)
+            logps = score_batch(scorer, encoded, plan[parts[turn]] if turn < len(parts) else None)
             if turn < len(parts):
                 logps_N[places[parts[turn]]] = logps
     gradient_N = torch.zeros_like(logps_N)
     if parts:
         split = torch.cat([places[number] for number in parts])
         leaf = logps_N[split].requires_grad_()
-        split_loss = targets.loss(leaf, split, objective, beta, denominator)
+        split_loss = loss_of(leaf, split)
         (gradient_N[split],) = torch.autograd.grad(split_loss, leaf)
         loss += split_loss.detach()
 
@@ -171,35 +231,14 @@ def backpropagate(
     for turn in range(turns):
         batch = plan[turn] if turn < len(plan) else None
         with nullcontext() if turn == turns - 1 else processes.no_sync(scorer):
-            logps = score_pass(scorer, encoded, batch)
+            logps = score_batch(scorer, encoded, batch)
             if batch is None:
                 (0.0 * logps.sum()).backward()
             elif batch.whole:
                 logps_N[places[turn]] = logps.detach()
-                batch_loss = targets.loss(logps, places[turn], objective, beta, denominator)
+                batch_loss = loss_of(logps, places[turn])
                 batch_loss.backward()
                 loss += batch_loss.detach()
             else:
                 (gradient_N[places[turn]] * logps).sum().backward()
     return logps_N, loss
-
-
-def _score_dtype(scorer: nn.Module) -> torch.dtype:
-    return torch.promote_types(next(scorer.parameters()).dtype, torch.float32)
-
-
-def score_pass(scorer: nn.Module, encoded: Sequence[EncodedGroup], batch: Batch | None) -> Tensor:
-    """Log-probs of a batch's members; None is the empty pass of a process that has run out of batches."""
-    device = next(scorer.parameters()).device
-    return (
-        score_batch(scorer, _IDLE, _IDLE_BATCH, device)
-        if batch is None
-        else score_batch(scorer, encoded, batch, device)
-    )
-
-
-def find_objective(name: str) -> Objective:
-    """The objective of that name. Raises UserError for an unknown one."""
-    if name not in OBJECTIVES:
-        raise UserError(f"objective {name!r} is unknown; there is {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]

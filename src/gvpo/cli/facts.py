@@ -1,0 +1,77 @@
+"""What a run of a config would be, and this machine, as names and values to print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gvpo.errors import UserError
+from gvpo.training.config import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from gvpo.sources.dataset import Row
+
+
+def run_facts(run: RunConfig) -> list[tuple[str, str]]:
+    """What a run of this config would be, by name; all that a run refuses before weights load is refused here too.
+
+    Raises UserError as the trainer would.
+    """
+    from gvpo.training.plan import plan_run
+
+    if run.train_dataset is None:
+        raise UserError("no train_dataset; give --train_dataset FILE.jsonl, or set train_dataset in the config")
+    plan = plan_run(run, run.model, run.train_dataset, run.reward_funcs, run.eval_dataset)
+    functions = ", ".join(function.name for function in plan.reward_functions)
+    sizes = sorted({run.groups_per_update * (len(row.completions) or run.num_generations) for row in plan.rows})
+    return [
+        ("reward functions", functions or "none: the rows bring their rewards"),
+        ("train_dataset", _count(plan.rows)),
+        ("eval_dataset", _count(plan.eval_rows)),
+        ("model", _found(run.model)),
+        ("reference", str(plan.reference)),
+        ("device", str(device())),
+        ("updates", str(plan.updates)),
+        ("prompts per rollout", str(run.groups_per_rollout)),
+        ("completions per update", " to ".join(str(size) for size in dict.fromkeys([sizes[0], sizes[-1]]))),
+        ("run folder", _folder(run.output_dir)),
+    ]
+
+
+def device() -> torch.device:
+    """Where a run on this machine goes: the accelerator if there is one, else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print a titled list of names and values, aligned."""
+    width = max(len(name) for name, _ in rows) + 2
+    print(f"\n{title}")
+    for name, value in rows:
+        print(f"  {name:<{width}}{value}")
+
+
+def _count(rows: Sequence[Row]) -> str:
+    offline = sum(row.offline for row in rows)
+    parts = [(len(rows) - offline, "prompts to draw completions for"), (offline, "groups with their own completions")]
+    return ", ".join(f"{count} {what}" for count, what in parts if count) or "none"
+
+
+def _found(model: str) -> str:
+    from gvpo.models.loading import EMBEDDED
+
+    path = Path(model)
+    kind = "folder found" if path.is_dir() else "file found" if path.is_file() else "looked up when the run starts"
+    return f"{model}: {'embedded weights found' if model == EMBEDDED else kind}"
+
+
+def _folder(output_dir: str | None) -> str:
+    if output_dir is None:
+        return "none: nothing is written"
+    return f"{output_dir}: {'goes on' if (Path(output_dir) / 'metrics.jsonl').exists() else 'new'}"
