@@ -18,18 +18,17 @@ def check_hub(kind: Literal["model", "dataset"], name: str, advice: str) -> None
 
     advice: what else to give. What is in the hub's cache needs no hub. Raises UserError.
     """
-    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub import constants
 
     # Behind a proxy a direct connection says nothing.
     if constants.HF_HUB_OFFLINE or getproxies():
         return
-    if os.path.isdir(constants.HF_HUB_CACHE):
-        cached = {(repo.repo_type, repo.repo_id) for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos}
-        if (kind, name) in cached:
-            return
+    if os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")):
+        return
     endpoint = urlsplit(constants.ENDPOINT)
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
     try:
-        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=_SECONDS).close()
+        socket.create_connection((endpoint.hostname, port), timeout=_SECONDS).close()
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UserError(

@@ -387,7 +387,7 @@ def _start_accelerate(config: GVPOConfig) -> Accelerator:
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         # Without it, accelerate takes processes on CPUs for one each.
-        cpu=None if torch.accelerator.is_available() else True,  # pyright: ignore[reportArgumentType]
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if config.bf16 else "no",
         log_with=[*config.trackers] or None,
         project_dir=config.output_dir,
