@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import plain_logprobs, ragged_groups, tiny
 from tiny_tokenizer import CHAT, words_tokenizer
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gvpo.errors import UserError
 from gvpo.groups import Completion, Group
@@ -114,6 +114,19 @@ class TestRefused:
     def test_a_folder_without_weights(self, folder: Path) -> None:
         (folder / "model.safetensors").unlink()
         assert "no weights in safetensors" in refused(folder)
+
+    def test_nothing_unsafe_is_asked_for(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # A hub model may have nothing but pickles, which no check of a folder sees.
+        asked: dict[str, Any] = {}
+        real = AutoModelForCausalLM.from_pretrained
+
+        def spy(*args: Any, **options: Any) -> Any:
+            asked.update(options)
+            return real(*args, **options)
+
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+        load_model(folder)
+        assert asked["use_safetensors"] is True and asked["trust_remote_code"] is False
 
     def test_pickled_weights(self, folder: Path) -> None:
         (folder / "model.safetensors").unlink()
