@@ -67,7 +67,9 @@ class GVPOConfig(BaseModel):
     )
     groups_per_update: PositiveInt = Field(8, description="Whole groups in one update, over all processes.")
     updates_per_rollout: PositiveInt = Field(
-        2, description="Updates that share one rollout of groups_per_update * updates_per_rollout prompts."
+        2,
+        description="Updates that share one rollout of groups_per_update * updates_per_rollout prompts; with 1, beta "
+        "only scales the gradient.",
     )
     epochs_per_rollout: PositiveInt = Field(1, description="Passes over each rollout's groups.")
 
