@@ -251,6 +251,7 @@ class TestConfigFile:
         ("text", "message"),
         [
             ("beta: 1\nseed: 2\nbeta: 3\n", "line 3: not YAML: 'beta' is given twice, first in line 1"),
+            ("{beta: 1, beta: 2}\n", "line 1: not YAML: 'beta' is given twice, first in line 1"),
             ("run_name: 2024-99-99\n", "not YAML: month must be in 1..12"),
             ("[" * 5000, "not YAML"),
         ],

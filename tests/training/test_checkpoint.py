@@ -174,9 +174,12 @@ def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
 def test_an_older_checkpoint_gives_up_what_came_after_it(tmp_path: Path) -> None:
     options = {"max_steps": 8, "updates_per_rollout": 1, "eval_steps": 2, "save_total_limit": None}
     trainer_in(tmp_path, prompts(7), save_steps=2, **options).train()
+    mine = tmp_path / "completions" / "rollout-000007.scored.jsonl"  # a file of the user's
+    mine.write_text("mine")
     crashed(tmp_path, prompts(7), 3, tmp_path / "checkpoints" / "step-2", save_steps=3, **options)
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-3"]
-    files = sorted(entry.name for entry in (tmp_path / "completions").iterdir())
+    assert mine.read_text() == "mine"
+    files = sorted(entry.name for entry in (tmp_path / "completions").iterdir() if entry != mine)
     assert files == ["eval-000002.jsonl", *(f"rollout-{n:06d}.jsonl" for n in (1, 2, 3, 4))]
     assert [row["update"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     again = trainer_in(tmp_path, prompts(7), save_steps=3, **options)
@@ -303,6 +306,7 @@ def test_a_checkpoint_of_another_run_does_not_open_a_runs_folder(tmp_path: Path,
     run(tiny_model(), prompts(), first_token, output_dir=str(other), max_steps=3)
     before = (other / "metrics.jsonl").read_bytes()
     assert "already holds a run" in refusal(saved, output_dir=str(other))
+    assert "already holds a run" in refusal(saved, output_dir=str(tmp_path))  # above the run's own folder
     assert (other / "metrics.jsonl").read_bytes() == before
 
 

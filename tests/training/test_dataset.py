@@ -261,3 +261,8 @@ def test_without_shuffling_rows_come_in_order() -> None:
 def test_a_short_dataset_trains() -> None:
     trainer = run(tiny_model(), prompts(1), first_token, max_steps=2)
     assert [row["groups"] for row in trainer.history] == [2, 2]
+
+
+def test_several_splits_are_not_one_dataset() -> None:
+    with pytest.raises(UserError, match="a mapping of train, test; give one split"):
+        read_rows({"train": [{"prompt": "a"}], "test": []})

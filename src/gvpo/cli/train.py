@@ -55,12 +55,11 @@ def train(
 
 def _check_folder(run: RunConfig, resume: str | None) -> None:
     """What the trainer refuses when it starts to train, refused before weights load."""
-    from gvpo.training.checkpoint import find_checkpoint
+    from gvpo.training.checkpoint import find_checkpoint, is_of_run
     from gvpo.training.run_folder import check_output_dir
 
-    check_output_dir(run.output_dir, resume=resume is not None)
-    if resume is not None:
-        find_checkpoint(resume, run.output_dir)
+    checkpoint = None if resume is None else find_checkpoint(resume, run.output_dir)
+    check_output_dir(run.output_dir, resume=is_of_run(checkpoint, run.output_dir))
 
 
 def _where(run: RunConfig) -> str:

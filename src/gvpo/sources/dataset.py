@@ -57,6 +57,8 @@ def read_rows(data: Any, *, prompt_column: str = "prompt", name: str = "train_da
     if isinstance(data, str | Path):
         source = _rows_of_path(str(data))
         name = str(data)
+    elif isinstance(data, Mapping):
+        raise UserError(f"{name}: a mapping of {', '.join(map(str, data))}; give one split, or a list of rows")
     elif isinstance(data, Iterable):
         source = ((f"{name}, row {number}", row) for number, row in enumerate(data, start=1))
     else:

@@ -132,6 +132,13 @@ def find_checkpoint(resume: Literal[True] | str | Path, output_dir: str | None) 
     return found[-1]
 
 
+def is_of_run(checkpoint: Path | None, output_dir: str | None) -> bool:
+    """Whether a checkpoint lies in this run's own folder: one of another run does not make output_dir that run's."""
+    if checkpoint is None or output_dir is None:
+        return False
+    return checkpoint.resolve().parent.parent == Path(output_dir).resolve()
+
+
 def prune_checkpoints(checkpoints: list[Path], keep: int | None) -> None:
     """Delete the oldest of these (oldest first) until `keep` are left."""
     for folder in checkpoints[: max(0, len(checkpoints) - keep)] if keep else []:
@@ -219,7 +226,9 @@ def _state(folder: Path) -> dict[str, Any]:
         state = json.loads(_state_file(folder).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"checkpoint {str(folder)!r}: state.json is damaged; resume from an older one") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= _KEYS:
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"checkpoint {str(folder)!r}: state.json is damaged; resume from an older one")
+    if state["format"] != FORMAT or not state.keys() >= _KEYS:
         raise UserError(f"checkpoint {str(folder)!r}: written by another version of gvpo; resume with that version")
     return state
 

@@ -222,13 +222,15 @@ class _Loader(yaml.SafeLoader):
     """Reads 1e-6 as a number, as YAML 1.2 does and YAML 1.1 does not, and refuses a name that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
+        lines: dict[str, int] = {}
         for key, _ in node.value:
-            line, name = key.start_mark.line + 1, key.value
-            if isinstance(name, str) and lines.setdefault(name, line) != line:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{name!r} is given twice, first in line {lines[name]}", problem_mark=key.start_mark
-                )
+            name = key.value
+            if not isinstance(name, str):
+                continue
+            if name in lines:
+                problem = f"{name!r} is given twice, first in line {lines[name]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[name] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
 

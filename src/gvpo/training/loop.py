@@ -29,7 +29,7 @@ from gvpo.sampling.torch_sampler import TorchSampler
 from gvpo.sources.dataset import PromptOrder
 from gvpo.sources.fill import fill_groups
 from gvpo.sources.policy import PolicySource, Source, draw_seed
-from gvpo.training.checkpoint import Progress, TrainingState, find_checkpoint, prune_checkpoints
+from gvpo.training.checkpoint import Progress, TrainingState, find_checkpoint, is_of_run, prune_checkpoints
 from gvpo.training.config import GVPOConfig, dump_config
 from gvpo.training.data_checks import check_prompts
 from gvpo.training.metrics import members_of, update_metrics
@@ -333,10 +333,7 @@ class GVPOTrainer:
     def _open_folder(self, resume: bool | str | Path | None) -> RunFolder:
         config = self.config
         checkpoint = find_checkpoint(resume, config.output_dir) if resume else None
-        # A checkpoint of another run does not make output_dir this run's.
-        goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(
-            Path(config.output_dir or "").resolve()
-        )
+        goes_on = is_of_run(checkpoint, config.output_dir)
         folder = RunFolder(config.output_dir if self.processes.is_main else None, resume=goes_on)
         self.processes.wait()
         if checkpoint is not None:

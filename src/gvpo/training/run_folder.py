@@ -44,14 +44,15 @@ class RunFolder:
         if self.path is None:
             return []
         with disk(self.path):
+            # Rows first: a file that cannot be read stops here, before anything is gone.
+            metrics, _ = (self._keep_rows(self.path / name, update) for name in ("metrics.jsonl", "timings.jsonl"))
             for folder in checkpoints(self.path):
                 if _number(folder) > update:
                     shutil.rmtree(folder)
             for kind, last in (("rollout", rollout), ("eval", update)):
                 for file in (self.path / "completions").glob(f"{kind}-*.jsonl"):
-                    if _number(file) > last:
+                    if file.stem.removeprefix(f"{kind}-").isdigit() and _number(file) > last:
                         file.unlink()
-            metrics, _ = (self._keep_rows(self.path / name, update) for name in ("metrics.jsonl", "timings.jsonl"))
         return metrics
 
     def _keep_rows(self, file: Path, update: int) -> list[dict[str, Any]]:
