@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 process_worker.py FOLDER leaves in FOLDER, for every
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -173,4 +174,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # Wrappers in reference cycles hold the group: one that outlives it is torn down at exit, with its threads running.
+    gc.collect()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -98,7 +98,8 @@ def test_a_budget_smaller_than_one_completion() -> None:
 
 
 def test_max_completion_length_is_no_limit_where_nothing_is_sampled() -> None:
-    GVPOTrainer(tiny_model(), offline_groups(), config=settings(token_budget=32, max_completion_length=2048))
+    history = run(tiny_model(), offline_groups(), token_budget=32, max_completion_length=2048, max_steps=1).history
+    assert history[0]["groups"] == 2
 
 
 @pytest.mark.parametrize("sampled", [True, False])

@@ -38,8 +38,6 @@ OPTIONAL = {
 }
 """Package to how it is installed; None = with the extra of gvpo that has it, else by its own name."""
 
-SHARING = "prompts shared, against rows apart"
-
 
 def doctor(
     model: Annotated[
@@ -77,7 +75,7 @@ def model_checks(model: Any, *, must_share: bool) -> list[Check]:
     model: a causal model, moved to the device, in evaluation mode, with float32 weights. must_share: whether it is a
     failure that the model cannot compute a prompt once for a whole group.
     """
-    from gvpo.models.score_checks import Check, score_checks
+    from gvpo.models.score_checks import SHARING, Check, score_checks
     from gvpo.models.scoring import Scorer
 
     scorer = Scorer(model.to(device()))

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from gvpo.sources.dataset import Row
 
 
+def check_has_data(run: RunConfig) -> None:
+    """Raise UserError where the config names no train_dataset."""
+    if run.train_dataset is None:
+        raise UserError("no train_dataset; give --train_dataset FILE.jsonl, or set train_dataset in the config")
+
+
 def run_facts(run: RunConfig) -> list[tuple[str, str]]:
     """What a run of this config would be, by name; all that a run refuses before weights load is refused here too.
 
@@ -22,8 +28,7 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
     """
     from gvpo.training.plan import plan_run
 
-    if run.train_dataset is None:
-        raise UserError("no train_dataset; give --train_dataset FILE.jsonl, or set train_dataset in the config")
+    check_has_data(run)
     plan = plan_run(run, run.model, run.train_dataset, run.reward_funcs, run.eval_dataset)
     functions = ", ".join(function.name for function in plan.reward_functions)
     sizes = sorted({run.groups_per_update * (len(row.completions) or run.num_generations) for row in plan.rows})

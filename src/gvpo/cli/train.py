@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from gvpo.cli.facts import run_facts, show
+from gvpo.cli.facts import check_has_data, run_facts, show
 from gvpo.cli.options import read_config, with_config_flags
-from gvpo.errors import UserError
 from gvpo.training.config import RunConfig, dump_config
 
 
@@ -35,8 +34,7 @@ def train(
     Values are written as in a config file: 1e-6 is a number, null is nothing, lists are [a, b] (in quotes).
     """
     run = read_config(config, settings)
-    if run.train_dataset is None:
-        raise UserError("no train_dataset; give --train_dataset FILE.jsonl, or set train_dataset in the config")
+    check_has_data(run)
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         _check_folder(run, resume_from_checkpoint)

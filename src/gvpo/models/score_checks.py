@@ -17,6 +17,7 @@ from gvpo.models.encoding import EncodedGroup, encode_groups
 from gvpo.models.head import gather_logprobs
 from gvpo.models.scoring import Scorer, causal_lm, plan_scoring, score_plan
 
+SHARING = "prompts shared, against rows apart"
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05
 """Nats per token between two ways to compute one score, in float32 and in half precision."""
 
@@ -53,7 +54,7 @@ def score_checks(scorer: Scorer, groups: Sequence[Group], *, half: bool = False)
     ]
     if scorer.shares_prefix:
         shared_N = _scores(scorer, encoded, share_prefix=True)
-        checks.append(_close("prompts shared, against rows apart", shared_N, apart_N, tokens_N, half))
+        checks.append(_close(SHARING, shared_N, apart_N, tokens_N, half))
     return checks
 
 

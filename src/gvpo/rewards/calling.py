@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 # TRL leaves these columns out: functions have them as `prompts`, `completions` and `completion_ids`.
 LEFT_OUT = {"prompt", "completion", "completion_ids"}
-RESERVED = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
-ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+RESERVED = set(ARGUMENTS) - LEFT_OUT
 
 
 @dataclass

@@ -18,7 +18,6 @@ def fill_groups(rows: Sequence[Row], source: Source, seeds: Sequence[int], token
     """
     empty = [place for place, row in enumerate(rows) if not row.offline]
     drawn = source.fill([rows[place] for place in empty], [seeds[place] for place in empty]) if empty else []
-    groups = [row.group() if row.offline else None for row in rows]
-    for place, group in zip(empty, drawn, strict=True):
-        groups[place] = group
-    return [completed(group, tokenizer) for group in groups if group is not None]
+    by_place = dict(zip(empty, drawn, strict=True))
+    groups = [by_place[place] if place in by_place else row.group() for place, row in enumerate(rows)]
+    return [completed(group, tokenizer) for group in groups]

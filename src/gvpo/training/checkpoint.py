@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gvpo.errors import UserError, located
 from gvpo.group_files import read_groups, write_groups
 from gvpo.groups import Group
-from gvpo.training.reference import Reference
+from gvpo.training.reference import Reference, trainable
 from gvpo.training.run_folder import checkpoints, new_folder
 
 FORMAT = 1
@@ -65,7 +65,7 @@ class TrainingState:
 
         Raises UserError on a full disk; older checkpoints stay.
         """
-        parameters = _trainable(self.module)
+        parameters = dict(trainable(self.module))
         with new_folder(target) as folder:
             save_file(_on_cpu(parameters), folder / "parameters.safetensors")
             save_file(_optimizer_tensors(self.optimizer, parameters), folder / "optimizer.safetensors")
@@ -97,7 +97,7 @@ class TrainingState:
         state = _state(folder)
         _check_files(folder, state["sha256"])
         _check_same_run(folder, state["run"], self.run)
-        parameters = _trainable(self.module)
+        parameters = dict(trainable(self.module))
         saved, moments, rng = (_tensors(folder / f"{name}.safetensors") for name in ("parameters", "optimizer", "rng"))
         snapshot_file = folder / "reference.safetensors"
         snapshot = _tensors(snapshot_file) if snapshot_file.exists() else {}
@@ -163,10 +163,6 @@ def _check_same_run(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, 
                 f"checkpoint {str(folder)!r}: made with {name}={theirs.get(name)!r}, this run has {name}={value!r}; "
                 "resume with the run's own config and data"
             )
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

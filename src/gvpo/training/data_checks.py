@@ -42,16 +42,10 @@ def check_prompts(
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vocabulary = len(model.get_input_embeddings().weight)
-    rendered: set[tuple[tuple[str, str], ...]] = set()
     for row in [*rows, *eval_rows]:
         _check_ids(row, vocabulary)
-        # Templates refuse by roles and kinds of content: one of each sort is enough.
-        if isinstance(row.prompt, list) and row.prompt_ids is None and getattr(tokenizer, "chat_template", None):
-            sort = tuple((message["role"], type(message["content"]).__name__) for message in row.prompt)
-            if sort not in rendered:
-                rendered.add(sort)
-                with located(row.where):
-                    render_chat(row.prompt, tokenizer)
+    if getattr(tokenizer, "chat_template", None):
+        _check_template([*rows, *eval_rows], tokenizer)
     for row in rows:
         _check_encodable(row, row.completions, tokenizer)
         _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
@@ -89,6 +83,18 @@ def _check_encodable(row: Row, completions: Sequence[Completion], tokenizer: Any
         )
     if isinstance(row.prompt, str) and not row.prompt.strip() and not prompt_ids(row, tokenizer):
         raise UserError(f"{row.where}, field 'prompt': empty; the first completion token needs a token before it")
+
+
+def _check_template(rows: Sequence[Row], tokenizer: Any) -> None:
+    # Templates refuse by roles and kinds of content: the first of each sort is enough.
+    first: dict[tuple[tuple[str, type], ...], Row] = {}
+    for row in rows:
+        if isinstance(row.prompt, list) and row.prompt_ids is None:
+            first.setdefault(tuple((message["role"], type(message["content"])) for message in row.prompt), row)
+    for row in first.values():
+        assert isinstance(row.prompt, list)
+        with located(row.where):
+            render_chat(row.prompt, tokenizer)
 
 
 def _check_ids(row: Row, vocabulary: int) -> None:

@@ -23,18 +23,15 @@ RewardFuncs = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | No
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """rows, eval_rows: the data. reference: which policy the KL is taken against. updates: how many in all."""
+    """rows, eval_rows: the data; columns: every one that any row has. reference: which policy the KL is taken against.
+    updates: how many in all."""
 
     rows: list[Row]
     eval_rows: list[Row]
+    columns: list[str]
     reward_functions: list[RewardFunction]
     reference: str | int
     updates: int
-
-    @property
-    def columns(self) -> list[str]:
-        """Every column that any row has."""
-        return column_names([*self.rows, *self.eval_rows])
 
 
 def plan_run(
@@ -55,7 +52,8 @@ def plan_run(
     if eval_dataset is not None:
         eval_rows = read_rows(eval_dataset, prompt_column=config.prompt_column, name="eval_dataset")
     check_rewards(rows, eval_rows, functions, config.reward_weights)
-    check_signatures(functions, column_names([*rows, *eval_rows]))
+    columns = column_names([*rows, *eval_rows])
+    check_signatures(functions, columns)
     if config.output_dir is not None:
         check_columns([*rows, *eval_rows])
     _check_members(config, rows)
@@ -68,7 +66,7 @@ def plan_run(
         raise UserError(f"model is a {type(model).__name__}; give a causal language model of transformers")
     if isinstance(reference, str) and reference not in ("rollout", "initial"):
         check_model(reference)
-    return RunPlan(rows, eval_rows, functions, reference, planned_updates(config, len(rows)))
+    return RunPlan(rows, eval_rows, columns, functions, reference, planned_updates(config, len(rows)))
 
 
 def choose_reference(config: GVPOConfig, rows: Sequence[Row]) -> str | int:

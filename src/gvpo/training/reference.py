@@ -42,7 +42,7 @@ class Reference:
 
     def renew(self) -> None:
         """Take the policy as it is now as the reference."""
-        self._snapshot = {name: p.detach().clone() for name, p in _trainable(self._scorer)}
+        self._snapshot = {name: p.detach().clone() for name, p in trainable(self._scorer)}
 
     def before_rollout(self, rollout: int) -> None:
         """Renew where rollout number `rollout` (from 0) begins a new stretch of n."""
@@ -87,12 +87,13 @@ def _exchanged(scorer: nn.Module, snapshot: dict[str, Tensor]) -> Iterator[None]
 
 @torch.no_grad()
 def _exchange(scorer: nn.Module, snapshot: dict[str, Tensor]) -> None:
-    for name, parameter in _trainable(scorer):
+    for name, parameter in trainable(scorer):
         held = parameter.detach().clone()
         parameter.copy_(snapshot[name])
         snapshot[name].copy_(held)
 
 
-def _trainable(scorer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def trainable(scorer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of what is trained, in the module's order."""
     # Names without a data-parallel wrapper's prefix: a checkpoint does not depend on the number of processes.
     return ((name, p) for name, p in unwrapped(scorer).named_parameters() if p.requires_grad)
