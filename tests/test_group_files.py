@@ -37,9 +37,12 @@ objects = st.dictionaries(keys, nested, max_size=3)
 @st.composite
 def completions(draw: st.DrawFn) -> Completion:
     token_ids = draw(st.none() | ids)
-    mask = (
-        None if token_ids is None else st.none() | st.lists(st.booleans(), min_size=(n := len(token_ids)), max_size=n)
-    )
+
+    def per_token(entries: st.SearchStrategy[Any]) -> Any:
+        if token_ids is None:
+            return None
+        return draw(st.none() | st.lists(entries, min_size=len(token_ids), max_size=len(token_ids)))
+
     return Completion(
         draw(texts if token_ids is None else st.none() | texts),
         token_ids,
@@ -47,8 +50,10 @@ def completions(draw: st.DrawFn) -> Completion:
         source=draw(texts.filter(len)),
         ref_logprob=draw(st.none() | finite),
         truncated=draw(st.booleans()),
-        loss_mask=None if mask is None else draw(mask),
+        loss_mask=per_token(st.booleans()),
         meta=draw(objects),
+        ref_token_logprobs=per_token(finite),
+        old_token_logprobs=per_token(finite),
     )
 
 
@@ -136,7 +141,8 @@ def test_parquet_schema_is_fixed_and_typed(tmp_path: Path) -> None:
     assert pq.read_schema(plain) == pq.read_schema(full)
     assert str(pq.read_schema(plain).field("completions").type).replace("element", "item") == (
         "list<item: struct<text: string, token_ids: list<item: int64>, reward: double, source: string, "
-        "ref_logprob: double, truncated: bool, loss_mask: list<item: bool>, meta: string>>"
+        "ref_logprob: double, truncated: bool, loss_mask: list<item: bool>, meta: string, "
+        "ref_token_logprobs: list<item: double>, old_token_logprobs: list<item: double>>>"
     )
     [row] = pq.read_table(full).to_pylist()
     assert (row["prompt"], json.loads(row["prompt_messages"]), json.loads(row["columns"])) == (
@@ -147,7 +153,8 @@ def test_parquet_schema_is_fixed_and_typed(tmp_path: Path) -> None:
     assert json.loads(row["completions"][0]["meta"]) == {"a": 1}
     [row] = pq.read_table(plain).to_pylist()
     assert (row["prompt"], row["prompt_messages"], row["columns"], row["id"], row["prompt_ids"]) == ("p", *[None] * 4)
-    nulls = dict.fromkeys(["token_ids", "reward", "ref_logprob", "loss_mask", "meta"])
+    names = ("token_ids", "reward", "ref_logprob", "loss_mask", "meta", "ref_token_logprobs", "old_token_logprobs")
+    nulls = dict.fromkeys(names)
     assert row["completions"] == [nulls | {"text": "a", "source": "policy", "truncated": False}]
 
 

@@ -52,7 +52,7 @@ def test_the_contracts_signatures() -> None:
         gvpo.accumulate_gradients: "model groups | beta tokenizer=None token_budget=None share_prefix=True "
         "objective='gvpo' denominator=None",
         gvpo.Completion: "text=None token_ids=None | reward=None source='policy' ref_logprob=None truncated=False "
-        "loss_mask=None meta",
+        "loss_mask=None meta ref_token_logprobs=None old_token_logprobs=None",
         gvpo.Group: "prompt completions | prompt_ids=None id=None columns",
         gvpo.GVPOTrainer: "model train_dataset reward_funcs=None | config=None tokenizer=None eval_dataset=None "
         "sources=None",

@@ -263,6 +263,8 @@ def _parquet_schema() -> pa.Schema:
         "truncated": pa.bool_(),
         "loss_mask": pa.list_(pa.bool_()),
         "meta": pa.string(),
+        "ref_token_logprobs": pa.list_(pa.float64()),
+        "old_token_logprobs": pa.list_(pa.float64()),
     }
     group = {
         "id": pa.string(),

@@ -33,6 +33,8 @@ class Completion:
     truncated: the answer stopped without an end token.
     loss_mask: one bool per token of token_ids; False = given, not scored (tool output in a dialogue).
     meta: anything worth keeping, under string keys; to be written to a file its values must be JSON.
+    ref_token_logprobs, old_token_logprobs: nats, one number per token of token_ids, 0 where not scored: log-probs token
+        by token under the reference, and under the policy that drew the group. Objectives on tokens need them.
 
     Raises FieldError. Fields assigned later are checked when the group is written.
     """
@@ -46,6 +48,8 @@ class Completion:
     truncated: bool = False
     loss_mask: list[bool] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    ref_token_logprobs: list[float] | None = None
+    old_token_logprobs: list[float] | None = None
 
     def __post_init__(self) -> None:
         if self.text is None and self.token_ids is None:
@@ -62,9 +66,10 @@ class Completion:
             if isinstance(_scalar(self.ref_logprob), bool):
                 raise FieldError("ref_logprob", f"expected a log-probability in nats, got {_shown(self.ref_logprob)}")
             self.ref_logprob = _finite("ref_logprob", self.ref_logprob)
+        for name in ("ref_token_logprobs", "old_token_logprobs"):
+            setattr(self, name, _per_token(name, getattr(self, name), self.token_ids, "number", _finite))
         self.truncated = _bool("truncated", self.truncated)
-        if self.loss_mask is not None:
-            self.loss_mask = _loss_mask(self.loss_mask, self.token_ids)
+        self.loss_mask = _per_token("loss_mask", self.loss_mask, self.token_ids, "boolean", _bool)
         self.meta = _string_keyed("meta", self.meta)
 
 
@@ -247,14 +252,17 @@ def _token_ids(name: str, value: Any) -> list[int]:
     return tokens
 
 
-def _loss_mask(value: Any, token_ids: list[int] | None) -> list[bool]:
-    mask = [_bool(f"loss_mask[{i}]", element) for i, element in enumerate(_elements("loss_mask", value, "booleans"))]
+def _per_token(name: str, value: Any, token_ids: list[int] | None, kind: str, check: Callable[[str, Any], Any]) -> Any:
+    """The checked entries of a list that goes with token_ids; None where there is none."""
+    if value is None:
+        return None
+    entries = [check(f"{name}[{i}]", element) for i, element in enumerate(_elements(name, value, f"{kind}s"))]
     if token_ids is None:
-        raise FieldError("loss_mask", "given without 'token_ids'; it says which of them are scored, so give both")
-    if len(mask) != len(token_ids):
-        counts = f"{_count(len(mask), 'entry', 'entries')} for {_count(len(token_ids), 'token')}"
-        raise FieldError("loss_mask", f"{counts}; give one boolean per token of 'token_ids'")
-    return mask
+        raise FieldError(name, f"given without 'token_ids'; it has a {kind} for each of them, so give both")
+    if len(entries) != len(token_ids):
+        counts = f"{_count(len(entries), 'entry', 'entries')} for {_count(len(token_ids), 'token')}"
+        raise FieldError(name, f"{counts}; give one {kind} per token of 'token_ids'")
+    return entries
 
 
 def _finite(name: str, value: Any) -> float:

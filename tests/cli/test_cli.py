@@ -89,7 +89,7 @@ class TestMistakes:
             (["train", "--zzz"], "gvpo train: unknown option --zzz; gvpo train --help lists them"),
             (["train", "--seed"], "gvpo train: Option '--seed' requires an argument."),
             (["train", "config.yaml"], "gvpo train: Got unexpected extra argument(s) (config.yaml)"),
-            (["train", "--beta", "-1"], "gvpo train: --beta: input should be greater than 0, got -1"),
+            (["train", "--beta", "-1"], "gvpo train: --beta: input should be greater than or equal to 0, got -1"),
             (["train", "--config", "no.yaml"], "gvpo train: config 'no.yaml': no such file"),
             (
                 ["train"],
@@ -234,7 +234,7 @@ class TestConfigFile:
         ("text", "message"),
         [
             ("model: x\nlerning_rate: 2\n", ", line 2, field 'lerning_rate': unknown; did you mean 'learning_rate'?"),
-            ("# rate\n\nbeta: -2\n", ", line 3, field 'beta': input should be greater than 0, got -2"),
+            ("# rate\n\nbeta: -2\n", ", line 3, field 'beta': input should be greater than or equal to 0, got -2"),
             ("1: 2\n", ", line 1, field '1': unknown; gvpo train --help lists them"),
             ("max_steps: 1\nwarmup_steps: 2\n", ": warmup_steps=2 is more than max_steps=1"),
             ("beta: true\n", ", line 1, field 'beta': must not be true or false, got True"),
@@ -266,7 +266,7 @@ class TestConfigFile:
     def test_a_mistake_in_a_flag_names_the_flag(self, tmp_path: Path) -> None:
         file = tmp_path / "run.yaml"
         file.write_text("beta: 0.1\n")
-        with pytest.raises(UserError, match=r"^--beta: input should be greater than 0, got -3"):
+        with pytest.raises(UserError, match=r"^--beta: input should be greater than or equal to 0, got -3"):
             read_config(str(file), {"beta": "-3"})
 
     def test_flags_win_over_a_file_that_is_wrong_alone(self, tmp_path: Path) -> None:

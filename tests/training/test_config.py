@@ -97,7 +97,7 @@ def test_names_of_a_run_config_are_unknown_to_the_trainers() -> None:
         ("reference", " ", "initial"),
         ("reference", True, "rollout"),
         ("reference", 1.5, 3),
-        ("objective", "dpo", "gvpo"),
+        ("objective", "gvop", "gvpo"),
         ("lr_scheduler_type", "slow", "cosine"),
         ("max_steps", 1.5, 2.0),
         ("learning_rate", "fast", "1e-6"),

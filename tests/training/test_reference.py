@@ -129,7 +129,7 @@ def test_the_weights_come_back_bit_for_bit_after_an_exception(monkeypatch: pytes
     moved(model)
     before, groups = weights(model), offline_groups(2)
 
-    def failing(*args: Any) -> None:
+    def failing(*args: Any, **settings: Any) -> None:
         assert not same_weights(weights(model), before)
         raise KeyboardInterrupt
 

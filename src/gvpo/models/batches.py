@@ -114,7 +114,8 @@ class Inputs:
 
     input_ids_BL, position_ids_BL; mask_BL: the 4-D mask (B, 1, L, L), True = seen, only where rows hold several
     completions; sources_M: flat position (row * L + column) of the hidden state that predicts the token;
-    targets_M: the token; members_M: which of the batch's N members it belongs to.
+    targets_M: the token; members_M: which of the batch's N members it belongs to; places_M: its place among that
+    completion's tokens.
     """
 
     input_ids_BL: Tensor
@@ -123,6 +124,7 @@ class Inputs:
     sources_M: Tensor
     targets_M: Tensor
     members_M: Tensor
+    places_M: Tensor
 
 
 def build_inputs(groups: Sequence[EncodedGroup], batch: Batch, device: torch.device) -> Inputs:
@@ -131,7 +133,7 @@ def build_inputs(groups: Sequence[EncodedGroup], batch: Batch, device: torch.dev
     width = max(len(row.ids) for row in packed)
     # Padding is placed no further than a real token: beyond the last learned position there is no embedding.
     furthest = max(max(row.positions) for row in packed)
-    ids, positions, sources, targets, members = [], [], [], [], []
+    ids, positions, sources, targets, members, places = [], [], [], [], [], []
     scored = 0
     for number, (row, planned) in enumerate(zip(packed, batch.rows, strict=True)):
         padding = range(len(row.ids), width)
@@ -140,6 +142,7 @@ def build_inputs(groups: Sequence[EncodedGroup], batch: Batch, device: torch.dev
         sources += [number * width + source for source in row.sources]
         targets += row.targets
         members += [scored + member for member in row.members]
+        places += row.places
         scored += len(planned.members)
 
     def tensor(values: list[int] | list[list[int]]) -> Tensor:
@@ -147,7 +150,9 @@ def build_inputs(groups: Sequence[EncodedGroup], batch: Batch, device: torch.dev
 
     shared = any(len(row.members) > 1 for row in batch.rows)
     mask_BL = _prefix_mask([row.segments for row in packed], width).to(device) if shared else None
-    return Inputs(tensor(ids), tensor(positions), mask_BL, tensor(sources), tensor(targets), tensor(members))
+    return Inputs(
+        tensor(ids), tensor(positions), mask_BL, tensor(sources), tensor(targets), tensor(members), tensor(places)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +163,12 @@ class _PackedRow:
     sources: list[int]
     targets: list[int]
     members: list[int]
+    places: list[int]
 
 
 def _pack(group: EncodedGroup, members: Sequence[int]) -> _PackedRow:
     prompt = len(group.prompt_ids)
-    row = _PackedRow(list(group.prompt_ids), list(range(prompt)), [0] * prompt, [], [], [])
+    row = _PackedRow(list(group.prompt_ids), list(range(prompt)), [0] * prompt, [], [], [], [])
     for number, member in enumerate(members):
         completion, scored = group.completion_ids[member], group.scored[member]
         start = len(row.ids)
@@ -171,6 +177,7 @@ def _pack(group: EncodedGroup, members: Sequence[int]) -> _PackedRow:
                 row.sources.append(prompt - 1 if place == 0 else start + place - 1)
                 row.targets.append(token)
                 row.members.append(number)
+                row.places.append(place)
         # The last token is predicted, never read.
         row.ids.extend(completion[:-1])
         row.positions.extend(range(prompt, prompt + len(completion) - 1))

@@ -151,23 +151,31 @@ def plan_scoring(
 
 
 def score_plan(
-    scorer: nn.Module, encoded: Sequence[EncodedGroup], plan: Sequence[Batch], passes: int | None = None
+    scorer: nn.Module,
+    encoded: Sequence[EncodedGroup],
+    plan: Sequence[Batch],
+    passes: int | None = None,
+    *,
+    width: int | None = None,
 ) -> Tensor:
-    """Log-probs of all members of the groups, in their order: logps_N.
+    """Log-probs of all members of the groups, in their order: logps_N, or logps_NT where a width T is given.
 
     passes: how many forwards to make, where other processes have more batches than this one; default one per batch.
     """
     pieces = [
-        score_batch(scorer, encoded, plan[turn] if turn < len(plan) else None) for turn in range(passes or len(plan))
+        score_batch(scorer, encoded, plan[turn] if turn < len(plan) else None, width=width)
+        for turn in range(passes or len(plan))
     ][: len(plan)]
     if not pieces:
-        return torch.zeros(0, dtype=score_dtype(scorer), device=next(scorer.parameters()).device)
+        return blank_scores(scorer, 0, width)
     logps_N = torch.cat(pieces)
     return torch.zeros_like(logps_N).index_copy(0, member_order(encoded, plan).to(logps_N.device), logps_N)
 
 
-def score_batch(scorer: nn.Module, encoded: Sequence[EncodedGroup], batch: Batch | None) -> Tensor:
-    """Log-probs of the members of one batch, in the batch's order.
+def score_batch(
+    scorer: nn.Module, encoded: Sequence[EncodedGroup], batch: Batch | None, *, width: int | None = None
+) -> Tensor:
+    """Log-probs of the members of one batch, in the batch's order: sums, or token by token where a width T is given.
 
     None is the idle pass of a process that has run out of batches while others have not: collectives must meet.
     """
@@ -176,8 +184,27 @@ def score_batch(scorer: nn.Module, encoded: Sequence[EncodedGroup], batch: Batch
     device = next(scorer.parameters()).device
     inputs = build_inputs(encoded, batch, device)
     token_logps_M = scorer(inputs)
-    zeros = torch.zeros(len(batch.members), dtype=token_logps_M.dtype, device=device)
-    return zeros.index_add(0, inputs.members_M, token_logps_M)
+    zeros = blank_scores(scorer, len(batch.members), width)
+    if width is None:
+        return zeros.index_add(0, inputs.members_M, token_logps_M)
+    return zeros.index_put((inputs.members_M, inputs.places_M), token_logps_M)
+
+
+def blank_scores(scorer: nn.Module, members: int, width: int | None = None) -> Tensor:
+    """Zeros to put log-probs in: (N,), or (N, T) for a width T."""
+    shape = (members,) if width is None else (members, width)
+    return torch.zeros(shape, dtype=score_dtype(scorer), device=next(scorer.parameters()).device)
+
+
+def scored_mask(encoded: Sequence[EncodedGroup]) -> Tensor:
+    """mask_NT of all members in order, True where a token is scored; T: the longest completion's length, at least 1."""
+    rows = [
+        [True] * len(ids) if scored is None else scored
+        for group in encoded
+        for ids, scored in zip(group.completion_ids, group.scored, strict=True)
+    ]
+    width = max([1, *map(len, rows)])
+    return torch.tensor([row + [False] * (width - len(row)) for row in rows], dtype=torch.bool).view(-1, width)
 
 
 def score_dtype(scorer: nn.Module) -> torch.dtype:

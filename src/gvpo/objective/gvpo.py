@@ -20,13 +20,11 @@ Not covered: which members belong in a group, and non-finite values (NaN in, NaN
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
-from numbers import Real
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from gvpo.objective.members import check_real, members
 
 _COMPONENTS = ("reward", "covariance", "variance")
 
@@ -51,7 +49,8 @@ def gvpo_weights(
     Raises ValueError for components that are empty or unknown, else what `gvpo_loss` raises.
     Source: arXiv 2504.19599, the weight of the NLL form; the switches are those of its ablation.
     """
-    logps_N, ref_logps_N, rewards_N, groups = _prepare(logps_N, ref_logps_N, rewards_N, group_ids_N, beta)
+    logps_N, ref_logps_N, rewards_N, groups = members(logps_N, ref_logps_N, rewards_N, group_ids_N)
+    beta = check_real("beta", beta, above=0)
     _check_components(components)
     reward, covariance, variance = (float(name in components) for name in _COMPONENTS)
     # One centring of the sum, not a sum of three: log-ratios of zero then give the centred rewards to the bit.
@@ -82,9 +81,8 @@ def gvpo_loss(
     unequal lengths, different devices, or a beta or denominator out of range.
     Source: arXiv 2504.19599, the empirical loss of Algorithm 1 (MSE form), times 1/2.
     """
-    logps_N, ref_logps_N, rewards_N, groups = _prepare(logps_N, ref_logps_N, rewards_N, group_ids_N, beta)
-    if denominator is not None:
-        _check_denominator(denominator, groups.teaching())
+    logps_N, ref_logps_N, rewards_N, groups = members(logps_N, ref_logps_N, rewards_N, group_ids_N, denominator)
+    beta = check_real("beta", beta, above=0)
     implicit_rewards_N = beta * (logps_N - ref_logps_N)
     residuals_N = groups.centre(implicit_rewards_N) - groups.centre(rewards_N)
     return groups.mean_covariance(residuals_N, residuals_N, denominator) / 2
@@ -107,7 +105,8 @@ def gvpo_components(
     from `gvpo_loss`, and the terms for what they say.
     Source: arXiv 2504.19599, the RL form, with beta written out.
     """
-    logps_N, ref_logps_N, rewards_N, groups = _prepare(logps_N, ref_logps_N, rewards_N, group_ids_N, beta)
+    logps_N, ref_logps_N, rewards_N, groups = members(logps_N, ref_logps_N, rewards_N, group_ids_N)
+    beta = check_real("beta", beta, above=0)
     l_N, r_N, R_N = groups.centre(logps_N), groups.centre(ref_logps_N), groups.centre(rewards_N)
     target_N = R_N + beta * r_N
     return {
@@ -116,102 +115,6 @@ def gvpo_components(
         "var": groups.mean_covariance(l_N, l_N),
         "constant": groups.mean_covariance(target_N, target_N) / 2,
     }
-
-
-class _Groups(NamedTuple):
-    """Who belongs with whom, from the ids alone."""
-
-    index_N: Tensor  # the group of each member, in 0..P-1
-    sizes_P: Tensor  # k of each group
-
-    @classmethod
-    def from_ids(cls, group_ids_N: Tensor) -> _Groups:
-        _, index_N, sizes_P = torch.unique(group_ids_N, return_inverse=True, return_counts=True)
-        return cls(index_N, sizes_P)
-
-    def centre(self, values_N: Tensor) -> Tensor:
-        """Each value less the mean of its group."""
-        # A lone member is its own mean, whatever it is: infinite too.
-        values_N = torch.where(self.sizes_P[self.index_N] == 1, 0.0, values_N)
-        # Less one of its values first: a group of equal values is then centred to exact zeros. Rounding errors in their
-        # place (1e-17) would be back-propagated as denormal numbers, at a fiftieth of the speed.
-        shift_P = values_N.new_full(self.sizes_P.shape, math.inf).scatter_reduce(
-            0, self.index_N, values_N.detach(), "amin"
-        )
-        values_N = values_N - shift_P[self.index_N]
-        sums_P = values_N.new_zeros(self.sizes_P.shape).index_add(0, self.index_N, values_N)
-        return values_N - (sums_P / self.sizes_P)[self.index_N]
-
-    def teaching(self) -> int:
-        """How many groups have k >= 2."""
-        return int((self.sizes_P >= 2).sum())
-
-    def mean_covariance(self, a_N: Tensor, b_N: Tensor, denominator: float | None = None) -> Tensor:
-        """Bessel-corrected covariance of centred values in each group with k >= 2, averaged over those groups."""
-        denominator = self.teaching() if denominator is None else denominator
-        # A lone member is its own mean: its products are 0, and 1 stands in for k - 1. So with no group of k >= 2 the
-        # sum is 0 with its graph intact, and 1 stands in for the denominator.
-        degrees_N = (self.sizes_P - 1).clamp(min=1)[self.index_N]
-        return (a_N * b_N / degrees_N).sum() / (denominator or 1)
-
-
-def _prepare(
-    logps_N: Tensor, ref_logps_N: Tensor, rewards_N: Tensor, group_ids_N: Tensor, beta: float
-) -> tuple[Tensor, Tensor, Tensor, _Groups]:
-    """The checked arguments in float64, reference and rewards cut from any graph, and the groups."""
-    _check_logps("logps_N", logps_N)
-    _check_logps("ref_logps_N", ref_logps_N)
-    _check_rewards(rewards_N)
-    _check_group_ids(group_ids_N)
-    members = {"logps_N": logps_N, "ref_logps_N": ref_logps_N, "rewards_N": rewards_N, "group_ids_N": group_ids_N}
-    for name, values in members.items():
-        _check_alike(name, values, logps_N)
-    if not _real("beta", beta) > 0:
-        raise ValueError(f"beta must be greater than 0, got {beta}")
-    groups = _Groups.from_ids(group_ids_N)
-    return logps_N.double(), ref_logps_N.detach().double(), rewards_N.detach().double(), groups
-
-
-def _check_logps(name: str, values: Tensor) -> None:
-    _check_tensor(name, values)
-    if values.dtype in (torch.float32, torch.float64):
-        return
-    if values.is_floating_point():
-        # Sums reach hundreds of nats, where bfloat16 steps by whole nats: casting the sum does not help.
-        advice = "cast the model output to float32 before summing over the tokens"
-    else:
-        advice = "log-probabilities are float32 or float64"
-    raise TypeError(f"{name} is {values.dtype}: {advice}")
-
-
-def _check_rewards(rewards_N: Tensor) -> None:
-    _check_tensor("rewards_N", rewards_N)
-    dtype = rewards_N.dtype
-    if dtype not in (torch.float32, torch.float64) and (dtype.is_floating_point or dtype.is_complex):
-        raise TypeError(
-            f"rewards_N is {dtype}: rewards are float32, float64, integer or bool; make them so at the source"
-        )
-
-
-def _check_group_ids(group_ids_N: Tensor) -> None:
-    _check_tensor("group_ids_N", group_ids_N)
-    dtype = group_ids_N.dtype
-    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
-        raise TypeError(f"group_ids_N is {dtype}: group ids are integers, the same number for the members of a group")
-
-
-def _check_tensor(name: str, values: Tensor) -> None:
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
-
-
-def _check_alike(name: str, values: Tensor, logps_N: Tensor) -> None:
-    if values.ndim != 1:
-        raise ValueError(f"{name} must have rank 1, one number for each completion, got shape {tuple(values.shape)}")
-    if len(values) != len(logps_N):
-        raise ValueError(f"{name} has {len(values)} members and logps_N has {len(logps_N)}: give each completion one")
-    if values.device != logps_N.device:
-        raise ValueError(f"{name} is on {values.device} and logps_N on {logps_N.device}: move them to one device")
 
 
 def _check_components(components: Collection[str]) -> None:
@@ -223,18 +126,3 @@ def _check_components(components: Collection[str]) -> None:
         raise ValueError(f"components must be {allowed}, got the unknown {unknown[0]!r}")
     if not components:
         raise ValueError(f"components must be {allowed}, got none")
-
-
-def _check_denominator(denominator: float, teaching: int) -> None:
-    if _real("denominator", denominator) < 0:
-        raise ValueError(f"denominator must not be negative, got {denominator}")
-    if denominator == 0 and teaching > 0:
-        raise ValueError(f"denominator is 0 with {teaching} group(s) of two or more: pass the whole batch's count")
-
-
-def _real(name: str, value: float) -> float:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value

@@ -21,6 +21,20 @@ from pydantic import (
 
 from gvpo.errors import UserError
 
+Objectives = Literal[
+    "gvpo",
+    "gvpo_no_cov",
+    "gvpo_no_var",
+    "gvpo_no_cov_var",
+    "reinforce",
+    "rloo",
+    "grpo",
+    "dr_grpo",
+    "dpo",
+    "ipo",
+    "rebel",
+    "kimi_pmd",
+]
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
 ]
@@ -45,8 +59,14 @@ class GVPOConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # The objective
-    beta: float = Field(0.1, gt=0, description="Weight of the KL term: the optimum is pi_ref * exp(R / beta).")
-    objective: Literal["gvpo"] = Field("gvpo", description="What is minimised.")
+    objective: Objectives = Field("gvpo", description="What is minimised.")
+    beta: float = Field(
+        0.1,
+        ge=0,
+        description="Weight of the KL term: the optimum is pi_ref * exp(R / beta). 0 for reinforce, rloo, grpo and "
+        "dr_grpo only, where the term is an extra.",
+    )
+    epsilon: float = Field(0.2, gt=0, description="Clipping range of probability ratios: rloo, grpo, dr_grpo.")
     reference: str | PositiveInt | None = Field(
         None,
         description="Policy the KL is taken against: 'rollout' (the policy that drew the groups), 'initial', an "
@@ -144,6 +164,12 @@ class GVPOConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> GVPOConfig:
+        if self.beta == 0:
+            # Imported here: who reads a config or a help text need not wait for torch.
+            from gvpo.objective import OBJECTIVES
+
+            if not OBJECTIVES[self.objective].takes_zero_beta:
+                raise ConfigError("beta", f"must be greater than 0 for objective={self.objective!r}, got 0")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
@@ -250,6 +276,8 @@ def _config_error(error: ValidationError, config: type[BaseModel]) -> ConfigErro
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(name), config.model_fields, n=1, cutoff=0.5)
         return ConfigError(name, f"unknown; {f'did you mean {near[0]!r}?' if near else 'gvpo train --help lists them'}")
+    if isinstance(own := first.get("ctx", {}).get("error"), ConfigError):
+        return own
     problem = first["msg"].removeprefix("Value error, ")
     if name is None:
         return ConfigError(None, problem)

@@ -36,10 +36,10 @@ from gvpo.training.metrics import members_of, update_metrics
 from gvpo.training.optimizer import make_optimizer, make_schedule
 from gvpo.training.plan import RewardFuncs, plan_run
 from gvpo.training.processes import current_processes
-from gvpo.training.reference import Reference
+from gvpo.training.reference import Reference, keep_reference, keep_rollout
 from gvpo.training.reporter import Reporter, Stopwatch
 from gvpo.training.run_folder import RunFolder, checkpoints, disk, new_folder
-from gvpo.training.update import group_gradients
+from gvpo.training.update import find_objective, group_gradients
 
 
 class GVPOTrainer:
@@ -100,8 +100,11 @@ class GVPOTrainer:
         self.scorer, self.optimizer = self.accelerator.prepare(scorer, make_optimizer(scorer, config))
         self.scheduler = make_schedule(self.optimizer.optimizer, config, plan.updates)
         self.reference = Reference(plan.reference, self.scorer)
-        # With one update per rollout the policy is its own reference: the log-ratio is zero, nothing needs scoring.
-        self.own_reference = plan.reference == "rollout" and config.updates_per_rollout * config.epochs_per_rollout == 1
+        self.objective = find_objective(config.objective)
+        # With one update per rollout the policy is still the one that drew the groups, and its own reference: the
+        # log-ratio is zero, nothing needs scoring.
+        self.own_rollout = config.updates_per_rollout * config.epochs_per_rollout == 1
+        self.own_reference = self.own_rollout and plan.reference == "rollout"
         self.order = PromptOrder(plan.rows, config.seed, shuffle=config.shuffle_dataset)
         self.sampler = TorchSampler(self.model, end_token_ids(self.model, self.tokenizer))
         params = SamplingParams(config.max_completion_length, config.temperature, config.top_p, config.top_k)
@@ -191,20 +194,21 @@ class GVPOTrainer:
         self.progress.reward_metrics = self.processes.mean(logged, sum(group.k for group in groups))
 
     def _refer(self, groups: list[Group]) -> None:
-        """groups -> reference log-probs of every member that is trained on, in place.
+        """groups -> reference log-probs of every member that is trained on, in place; ratios need the policy's as well.
 
         Update by update, in the batches that the update will use: equal weights then give log-ratios of exactly zero.
         """
         config = self.config
-        for update in range(0 if self.own_reference else config.updates_per_rollout):
+        per_token = self.objective.per_token
+        for update in range(config.updates_per_rollout):
             batch = self._batch(update)
+            members = [completion for group in batch.groups for completion in group.completions]
+            how = (batch.groups, config.token_budget, config.share_prefix, self.processes)
             with self.stopwatch("reference"), self._autocast():
-                logps_N = self.reference.logprobs(
-                    batch.groups, config.token_budget, config.share_prefix, self.processes
-                )
-            members = (completion for group in batch.groups for completion in group.completions)
-            for completion, logp in zip(members, logps_N.tolist(), strict=True):
-                completion.ref_logprob = logp
+                if not self.own_reference:
+                    keep_reference(members, self.reference.logprobs(*how, per_token=per_token))
+                if per_token and not self.own_rollout:
+                    keep_rollout(members, Reference("rollout", self.scorer).logprobs(*how, per_token=True))
 
     def _update(self) -> dict[str, Any]:
         """groups -> score -> weights -> backward -> optimizer. Returns the update's metrics."""
@@ -219,10 +223,12 @@ class GVPOTrainer:
                 tokenizer=None,
                 token_budget=config.token_budget,
                 share_prefix=config.share_prefix,
-                objective=config.objective,
+                objective=self.objective,
+                settings={name: getattr(config, name) for name in self.objective.settings},
                 # Data-parallel wrappers average gradients over processes: a denominator smaller by their number sums.
                 denominator=self.processes.total(len(batch.groups)) / self.processes.count,
                 own_reference=self.own_reference,
+                own_rollout=self.own_rollout,
                 processes=self.processes,
             )
             grad_norm = self._step()
@@ -400,5 +406,5 @@ def _start_accelerate(config: GVPOConfig) -> Accelerator:
 
 def _identity(config: GVPOConfig, reference: str | int, rows: int) -> dict[str, Any]:
     """What decides which prompts come when, and what they are fitted to: a checkpoint of another run differs here."""
-    names = ("seed", "shuffle_dataset", "groups_per_update", "updates_per_rollout", "epochs_per_rollout")
+    names = ("objective", "seed", "shuffle_dataset", "groups_per_update", "updates_per_rollout", "epochs_per_rollout")
     return {name: getattr(config, name) for name in names} | {"reference": reference, "dataset rows": rows}

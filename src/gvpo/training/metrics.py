@@ -92,11 +92,13 @@ def _objective_metrics(members: Sequence[Member], beta: float) -> dict[str, floa
         for name in ("logp", "ref_logp", "reward")
     )
     ids = torch.tensor([member.group for member in members])
-    row = {name: float(value) for name, value in gvpo_components(logps, refs, rewards, ids, beta=beta).items()}
+    # Without a KL term there is no implicit reward: what is left of the components does not depend on beta.
+    terms = gvpo_components(logps, refs, rewards, ids, beta=beta or 1.0)
+    row = {name: float(value) for name, value in terms.items() if beta or name != "constant"}
     ratios = [member.logp - member.ref_logp for member in members]
     row["log_ratio/mean"], row["log_ratio/std"] = fmean(ratios), pstdev(ratios)
     row["log_ratio/max"] = max(abs(ratio) for ratio in ratios)
-    explained = _explained(by_group(members), beta)
+    explained = _explained(by_group(members), beta) if beta else None
     return row if explained is None else row | {"r2": explained}
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gvpo.errors import UserError
-from gvpo.groups import Group
+from gvpo.groups import Completion, Group
 from gvpo.models.encoding import encode_groups
 from gvpo.models.loading import load_model
-from gvpo.models.scoring import Scorer, plan_scoring, score_plan, unwrapped
+from gvpo.models.scoring import Scorer, plan_scoring, score_plan, scored_mask, unwrapped
 from gvpo.training.processes import OneProcess
 
 
@@ -51,17 +51,24 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(
-        self, groups: Sequence[Group], token_budget: int | None, share_prefix: bool, processes: OneProcess
+        self,
+        groups: Sequence[Group],
+        token_budget: int | None,
+        share_prefix: bool,
+        processes: OneProcess,
+        *,
+        per_token: bool = False,
     ) -> Tensor:
         """log pi_theta'(y|x) of every member, nats, in order, on the CPU; never the sampler's own number.
 
-        groups: with token ids, those of this process; the others call this too.
+        groups: with token ids, those of this process; the others call this too. per_token: token by token, (N, T).
         """
         scorer = self._other or self._scorer
         encoded = encode_groups(groups, None)
         plan = plan_scoring(scorer, encoded, token_budget, share_prefix)
         with nullcontext() if self._snapshot is None else _exchanged(self._scorer, self._snapshot):
-            return score_plan(scorer, encoded, plan, processes.most(len(plan))).cpu()
+            width = scored_mask(encoded).shape[1] if per_token else None
+            return score_plan(scorer, encoded, plan, processes.most(len(plan)), width=width).cpu()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The snapshot, for a checkpoint; empty where there is none."""
@@ -74,6 +81,22 @@ class Reference:
             raise UserError("its reference is not of this kind and model; resume with the run's own config")
         for name, value in snapshot.items():
             value.copy_(state[name])
+
+
+def keep_reference(members: Sequence[Completion], logps: Tensor) -> None:
+    """Write log-probs under the reference, (N,) or (N, T), into these N members."""
+    sums_N = logps if logps.dim() == 1 else logps.sum(1)
+    for member, total in zip(members, sums_N.tolist(), strict=True):
+        member.ref_logprob = total
+    if logps.dim() == 2:
+        for member, tokens in zip(members, logps.tolist(), strict=True):
+            member.ref_token_logprobs = tokens[: len(member.token_ids or [])]
+
+
+def keep_rollout(members: Sequence[Completion], logps_NT: Tensor) -> None:
+    """Write log-probs under the policy that drew these N members into them."""
+    for member, tokens in zip(members, logps_NT.tolist(), strict=True):
+        member.old_token_logprobs = tokens[: len(member.token_ids or [])]
 
 
 @contextmanager

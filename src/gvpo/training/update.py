@@ -8,23 +8,30 @@ back-propagates it through each part. A mean over part of a group is never forme
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gvpo.errors import UserError, nearest
-from gvpo.groups import Group
+from gvpo.errors import UserError, located, nearest
+from gvpo.groups import Completion, Group
 from gvpo.models.batches import Batch
 from gvpo.models.encoding import EncodedGroup, encode_groups
-from gvpo.models.scoring import as_scorer, member_order, plan_scoring, score_batch, score_dtype, unwrapped
-from gvpo.objective import OBJECTIVES, gvpo_weights
+from gvpo.models.scoring import (
+    as_scorer,
+    blank_scores,
+    member_order,
+    plan_scoring,
+    score_batch,
+    scored_mask,
+    unwrapped,
+)
+from gvpo.objective import OBJECTIVES, Objective, gvpo_weights
 from gvpo.training.processes import OneProcess, current_processes
-
-Objective = Callable[..., Tensor]
 
 
 def accumulate_gradients(
@@ -44,14 +51,17 @@ def accumulate_gradients(
         evaluation mode is left alone.
     groups: every member with a reward needs its ref_logprob (nats). A member whose reward is None leaves its group;
         groups left with fewer than two members contribute nothing.
-    beta: strength of the pull towards the reference, in reward per nat, > 0.
+    beta: strength of the pull towards the reference, in reward per nat, > 0 (0 where the objective allows it).
     tokenizer: needed where a group has text without token ids.
     token_budget: most token positions in one forward, prompt and padding included; None = no limit. Neither it nor
         share_prefix changes the gradient.
+    objective: a name in gvpo.objective.OBJECTIVES, with its default settings. Objectives on tokens need every rewarded
+        member's ref_token_logprobs and old_token_logprobs.
     denominator: number of groups to average over; default: those with two rewarded members or more in this call.
         Several processes pass the global count, divided by their number where a wrapper averages gradients.
-    Returns dict(loss: float64 scalar, weights_N: float64, 0 where a member left, logps_N: without a graph,
-    groups: int, those with two rewarded members or more); N = all completions in order.
+    Returns dict(loss: float64 scalar, weights_N: GVPO's, float64, 0 where a member left; for beta 0 the centred
+    rewards; logps_N: without a graph, groups: int, those with two rewarded members or more); N = all completions in
+    order.
     Raises UserError naming group and member for a missing ref_logprob, or for what does not fit model or budget.
     Source: arXiv 2504.19599, Algorithm 1 and its empirical loss, times 1/2.
     """
@@ -63,7 +73,8 @@ def accumulate_gradients(
         tokenizer=tokenizer,
         token_budget=token_budget,
         share_prefix=share_prefix,
-        objective=objective,
+        objective=find_objective(objective),
+        settings={},
         denominator=denominator,
         # Under a wrapper the processes exchange gradients, and must do so equally often.
         processes=current_processes() if unwrapped(scorer) is not scorer else None,
@@ -99,27 +110,34 @@ def group_gradients(
     tokenizer: Any | None,
     token_budget: int | None,
     share_prefix: bool,
-    objective: str,
+    objective: Objective,
+    settings: Mapping[str, Any],
     denominator: float | None,
     own_reference: bool = False,
+    own_rollout: bool = False,
     processes: OneProcess | None = None,
 ) -> Gradients:
     """`accumulate_gradients` for a Scorer, bare or in a data-parallel wrapper, beside other processes or alone.
 
+    settings: what the objective takes beside beta.
     own_reference: the reference is the policy itself at this very update; no ref_logprob is needed or used.
+    own_rollout: so is the policy that drew the groups; no old_token_logprobs are needed or used.
     """
-    function = find_objective(objective)
     encoded = encode_groups(groups, tokenizer)
     plan = plan_scoring(scorer, encoded, token_budget, share_prefix)
-    targets = Targets.of(groups, next(scorer.parameters()).device, own_reference=own_reference)
+    device = next(scorer.parameters()).device
+    mask_NT = scored_mask(encoded).to(device) if objective.per_token else None
+    targets = Targets.of(groups, device, mask_NT, own_reference=own_reference, own_rollout=own_rollout)
     if denominator is None:
         denominator = targets.teaching_groups()
+    function = partial(objective.loss, beta=beta, denominator=denominator, **settings)
 
     def loss(logps: Tensor, places: Tensor) -> Tensor:
-        return targets.loss(logps, places, function, beta, denominator)
+        return targets.loss(function, logps, places)
 
-    logps_N, total = _backpropagate(scorer, encoded, plan, loss, processes or OneProcess())
-    return Gradients(total, logps_N, targets)
+    width = None if mask_NT is None else mask_NT.shape[1]
+    logps, total = _backpropagate(scorer, encoded, plan, loss, processes or OneProcess(), width)
+    return Gradients(total, logps if width is None else logps.sum(1), targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,62 +145,105 @@ class Targets:
     """What the log-probs of N members are fitted to; kept_N is False where a member has no reward.
 
     ref_logps_N is None where the reference is the policy itself at this very update: the log-ratio is zero by
-    construction, and the log-probs of the update are their own reference.
+    construction, and the log-probs of the update are their own reference. tokens: for objectives on tokens alone.
     """
 
     rewards_N: Tensor
     ref_logps_N: Tensor | None
     group_ids_N: Tensor
     kept_N: Tensor
+    tokens: TokenTargets | None
 
     @classmethod
-    def of(cls, groups: Sequence[Group], device: torch.device, *, own_reference: bool = False) -> Targets:
-        """The targets of these groups, members end to end.
+    def of(
+        cls,
+        groups: Sequence[Group],
+        device: torch.device,
+        mask_NT: Tensor | None,
+        *,
+        own_reference: bool = False,
+        own_rollout: bool = False,
+    ) -> Targets:
+        """The targets of these groups, members end to end; mask_NT: which tokens are scored, for objectives on tokens.
 
-        Raises UserError for a reward without a ref_logprob, and for what is not finite.
+        Raises UserError for a reward without what it is to be fitted with, and for what is not finite.
         """
-        rewards, refs, ids, kept = [], [], [], []
+        members = [(number, member) for number, group in enumerate(groups) for member in group.completions]
         for number, group in enumerate(groups):
             for place, member in enumerate(group.completions):
-                if member.reward is not None and member.ref_logprob is None and not own_reference:
-                    raise UserError(
-                        f"group {number}, member {place}: a reward without a ref_logprob; "
-                        "score it under the reference first (sequence_logprobs)"
-                    )
-                for name, value in (("reward", member.reward), ("ref_logprob", member.ref_logprob)):
-                    if value is not None and not math.isfinite(value):
-                        raise UserError(
-                            f"group {number}, member {place}: its {name} is {value}; give a finite number or None"
-                        )
-                kept.append(member.reward is not None)
-                rewards.append(0.0 if member.reward is None else member.reward)
-                refs.append(0.0 if member.ref_logprob is None else member.ref_logprob)
-                ids.append(number)
-        rewards_N = torch.tensor(rewards, dtype=torch.float64, device=device)
-        refs_N = None if own_reference else torch.tensor(refs, dtype=torch.float64, device=device)
-        kept_N = torch.tensor(kept, dtype=torch.bool, device=device)
-        return cls(rewards_N, refs_N, torch.tensor(ids, dtype=torch.long, device=device), kept_N)
+                with located(f"group {number}, member {place}"):
+                    _check_member(member, own_reference=own_reference)
+        rewards_N = torch.tensor([one.reward or 0.0 for _, one in members], dtype=torch.float64, device=device)
+        refs_N = None
+        if not own_reference:
+            refs_N = torch.tensor([one.ref_logprob or 0.0 for _, one in members], dtype=torch.float64, device=device)
+        kept_N = torch.tensor([one.reward is not None for _, one in members], dtype=torch.bool, device=device)
+        ids_N = torch.tensor([number for number, _ in members], dtype=torch.long, device=device)
+        tokens = None
+        if mask_NT is not None:
+            refs_NT = None if own_reference else _token_logprobs(groups, "ref_token_logprobs", mask_NT)
+            old_NT = None if own_rollout else _token_logprobs(groups, "old_token_logprobs", mask_NT)
+            tokens = TokenTargets(mask_NT, refs_NT, old_NT)
+        return cls(rewards_N, refs_N, ids_N, kept_N, tokens)
 
     def teaching_groups(self) -> int:
         """Groups with two rewarded members or more."""
         return int((self.group_ids_N[self.kept_N].bincount() >= 2).sum())
 
-    def loss(self, logps: Tensor, places: Tensor, objective: Objective, beta: float, denominator: float) -> Tensor:
-        """The objective of the members at `places`, whole groups."""
+    def loss(self, function: Callable[..., Tensor], logps: Tensor, places: Tensor) -> Tensor:
+        """The objective of the members at `places`, whole groups; logps: (N,), or (N, T) for one on tokens."""
         kept = self.kept_N[places]
         logps, places = logps[kept], places[kept]
-        refs = logps.detach() if self.ref_logps_N is None else self.ref_logps_N[places]
-        ids = self.group_ids_N[places]
-        return objective(logps, refs, self.rewards_N[places], ids, beta=beta, denominator=denominator)
+        if self.tokens is None:
+            given = (_or_own(self.ref_logps_N, logps, places),)
+        else:
+            old, ref = (_or_own(values, logps, places) for values in (self.tokens.old_NT, self.tokens.ref_NT))
+            given = (old, ref, self.tokens.mask_NT[places])
+        return function(logps, *given, self.rewards_N[places], self.group_ids_N[places])
 
     def weights(self, logps_N: Tensor, beta: float) -> Tensor:
         """GVPO's weight of every member, 0 where it left its group."""
         kept, weights_N = self.kept_N, torch.zeros_like(logps_N, dtype=torch.float64)
         refs_N = logps_N if self.ref_logps_N is None else self.ref_logps_N
+        terms: dict[str, Any] = {"beta": beta} if beta > 0 else {"beta": 1.0, "components": ("reward",)}
         weights_N[kept] = gvpo_weights(
-            logps_N[kept], refs_N[kept], self.rewards_N[kept], self.group_ids_N[kept], beta=beta
+            logps_N[kept], refs_N[kept], self.rewards_N[kept], self.group_ids_N[kept], **terms
         )
         return weights_N
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTargets:
+    """What objectives on tokens need: which tokens are scored, and their log-probs under the reference and under the
+    policy that drew them; None where that is the policy itself at this very update."""
+
+    mask_NT: Tensor
+    ref_NT: Tensor | None
+    old_NT: Tensor | None
+
+
+def _or_own(values: Tensor | None, logps: Tensor, places: Tensor) -> Tensor:
+    return logps.detach() if values is None else values[places]
+
+
+def _check_member(member: Completion, *, own_reference: bool) -> None:
+    if member.reward is not None and member.ref_logprob is None and not own_reference:
+        raise UserError("a reward without a ref_logprob; score it under the reference first (sequence_logprobs)")
+    for name, value in (("reward", member.reward), ("ref_logprob", member.ref_logprob)):
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"its {name} is {value}; give a finite number or None")
+
+
+def _token_logprobs(groups: Sequence[Group], name: str, mask_NT: Tensor) -> Tensor:
+    """The completions' log-probs of that name as a matrix of the mask's shape. Raises UserError where one has none."""
+    rows: list[list[float]] = []
+    for number, group in enumerate(groups):
+        for place, member in enumerate(group.completions):
+            values = getattr(member, name)
+            if values is None and member.reward is not None:
+                raise UserError(f"group {number}, member {place}: a reward without {name}; this objective needs them")
+            rows.append((values or []) + [0.0] * (mask_NT.shape[1] - len(values or [])))
+    return torch.tensor(rows, dtype=torch.float64, device=mask_NT.device).view(mask_NT.shape)
 
 
 def find_objective(name: str) -> Objective:
@@ -198,24 +259,26 @@ def _backpropagate(
     plan: Sequence[Batch],
     loss_of: Callable[[Tensor, Tensor], Tensor],
     processes: OneProcess,
+    width: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Back-propagate the batches of a plan. Returns (logps_N without a graph, the loss).
 
     loss_of: from log-probs of whole groups, and their places among the N members, to a scalar.
+    width: for objectives on tokens; log-probs are then (N, T) throughout.
     Every process runs as many forward and backward passes as the one with the most, so that collectives meet; a
     process that has run out runs an idle one. Gradients are exchanged once, in the last backward.
     """
     count = sum(len(group.completion_ids) for group in encoded)
     device = next(scorer.parameters()).device
     places = [member_order(encoded, [batch]).to(device) for batch in plan]
-    logps_N = torch.zeros(count, dtype=score_dtype(scorer), device=device)
+    logps_N = blank_scores(scorer, count, width)
     loss = torch.zeros((), dtype=torch.float64, device=device)
 
     # Pass 1: groups that are spread over several batches.
     parts = [number for number, batch in enumerate(plan) if not batch.whole]
     with torch.no_grad():
         for turn in range(processes.most(len(parts))):
-            logps = score_batch(scorer, encoded, plan[parts[turn]] if turn < len(parts) else None)
+            logps = score_batch(scorer, encoded, plan[parts[turn]] if turn < len(parts) else None, width=width)
             if turn < len(parts):
                 logps_N[places[parts[turn]]] = logps
     gradient_N = torch.zeros_like(logps_N)
@@ -231,7 +294,7 @@ def _backpropagate(
     for turn in range(turns):
         batch = plan[turn] if turn < len(plan) else None
         with nullcontext() if turn == turns - 1 else processes.no_sync(scorer):
-            logps = score_batch(scorer, encoded, batch)
+            logps = score_batch(scorer, encoded, batch, width=width)
             if batch is None:
                 (0.0 * logps.sum()).backward()
             elif batch.whole:
