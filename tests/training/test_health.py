@@ -95,6 +95,11 @@ class TestDivergence:
         assert names(rows(20) + rows(20, 21, **alike)) == []
         assert names(rows(20, **alike)) == ["divergence"]
 
+    def test_rewards_that_have_come_to_differ_more_are_not(self) -> None:
+        # Against the run's mean, (60 * 0.01 + 20 * 0.25) / 80 = 0.07, the residuals would be nearly six times as much.
+        history = rows(60, reward_var=0.01, residual_var=0.005) + rows(20, 61, residual_var=0.4)
+        assert names(history) == []
+
     def test_equal_rewards_all_along_have_no_measure(self) -> None:
         equal = rows(20, reward_var=0.0, residual_var=1e-30)
         assert names(equal) == []
