@@ -42,6 +42,8 @@ def test_rewards_by_hand() -> None:
     row = update_metrics(members, beta=0.1, dropped=2)
     assert row["reward"] == pytest.approx(7 / 5)
     assert row["reward_std"] == pytest.approx((2 + 0) / 2)  # of 0 and 4: 2; of three ones: 0
+    assert row["reward_var"] == pytest.approx((8 + 0) / 2)
+    assert (row["reward_min"], row["reward_max"]) == (0.0, 4.0)
     assert row["frac_reward_zero_std"] == 0.5
     assert row["groups"] == 2 and row["members/dropped"] == 2
 
@@ -51,12 +53,24 @@ def test_log_ratios_and_fit_by_hand() -> None:
     row = update_metrics([member(0, 2.0, -1.0, -3.0), member(0, 0.0, -4.0, -4.0)], beta=0.5)
     assert (row["log_ratio/mean"], row["log_ratio/std"], row["log_ratio/max"]) == (1.0, 1.0, 2.0)
     assert row["r2"] == pytest.approx(1 - 2 * 0.5**2 / 2)
+    assert row["residual_var"] == pytest.approx(2 * 0.5**2)
     assert update_metrics([member(0, 0.0, -9.0, -1.0), member(0, 0.0)], beta=1)["log_ratio/max"] == 8.0
+
+
+def test_the_spread_within_groups_is_blind_to_what_differs_between_them() -> None:
+    """Log-ratios 2, 0 and 50, 54: within the groups 1 and 2, over all of them far more."""
+    members = [member(0, 1.0, 2.0, 0.0), member(0, 0.0, 0.0, 0.0), member(1, 0.0, 50.0, 0.0), member(1, 3.0, 54.0, 0.0)]
+    row = update_metrics(members, beta=0.5)
+    assert row["log_ratio/group_std"] == pytest.approx(1.5) and row["log_ratio/std"] > 25
+    # Residuals 0, 0 and -25, -24: variances 0 and 1/2.
+    assert row["residual_var"] == pytest.approx(0.25)
+    assert row["reward_var"] == pytest.approx((0.5 + 4.5) / 2)
 
 
 def test_at_the_optimum_everything_is_explained() -> None:
     row = update_metrics([member(0, r, logp=r / 0.1 - 7.0, ref_logp=-3.0) for r in (0.0, 0.3, 1.0)], beta=0.1)
-    assert row["r2"] == pytest.approx(1.0)
+    assert row["r2"] == pytest.approx(1.0) and row["residual_var"] == pytest.approx(0.0)
+    assert 0.1 * row["log_ratio/group_std"] == pytest.approx(row["reward_std"])
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 1e9 / 3])
@@ -117,6 +131,7 @@ def test_a_row_of_training_against_plain_arithmetic(tmp_path: Path) -> None:
         assert row[name] == pytest.approx(expected, rel=1e-4)
     identity = -beta * row["reward_cov"] - beta**2 * row["ref_cov"] + beta**2 / 2 * row["var"] + row["constant"]
     assert row["loss"] == pytest.approx(identity, rel=1e-6)
+    assert row["residual_var"] == pytest.approx(2 * row["loss"], rel=1e-6)
     assert row["log_ratio/mean"] == pytest.approx(np.mean(ratios), rel=1e-3)
     assert row["log_ratio/std"] == pytest.approx(np.std(ratios), rel=1e-3)
     assert row["log_ratio/max"] == pytest.approx(np.max(np.abs(ratios)), rel=1e-3)

@@ -23,6 +23,7 @@ from gvpo.groups import Completion, Group
 METRICS = (
     "reward",
     "loss",
+    "r2",
     "frac_reward_zero_std",
     "log_ratio/mean",
     "completions/mean_length",

@@ -32,6 +32,7 @@ from gvpo.sources.policy import PolicySource, Source, draw_seed
 from gvpo.training.checkpoint import Progress, TrainingState, find_checkpoint, is_of_run, prune_checkpoints
 from gvpo.training.config import GVPOConfig, dump_config
 from gvpo.training.data_checks import check_prompts
+from gvpo.training.health import names_seen
 from gvpo.training.metrics import members_of, update_metrics
 from gvpo.training.optimizer import make_optimizer, make_schedule
 from gvpo.training.plan import RewardFuncs, plan_run
@@ -360,6 +361,7 @@ class GVPOTrainer:
         summary = {"updates": self.progress.update, "seconds": round(seconds, 3), "seed": self.config.seed}
         last = self.history[-1] if self.history else {}
         summary |= {name: last[name] for name in ("reward", "loss", "eval/reward") if name in last}
+        summary["warnings"] = names_seen(self.history)
         if folder.path is not None:
             with new_folder(folder.path / "model") as model_folder:
                 self.save_model(model_folder)

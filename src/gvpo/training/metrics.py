@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, variance
 
 import torch
 
@@ -50,11 +50,12 @@ def update_metrics(members: Sequence[Member], beta: float, dropped: int = 0) -> 
     members: those that are trained on, in groups of two and more; dropped: how many others there were.
     Means over members are plain; a quantity that no member has is left out. log_ratio: log pi/pi_ref, nats.
     r2: share of the centred rewards' variance that the centred implicit rewards explain (1 at the optimum).
+    reward_var, residual_var: of rewards, and of rewards less implicit rewards, within groups, Bessel-corrected.
     """
     row: dict[str, float] = {"members/dropped": float(dropped)}
     if not members:
         return row
-    row |= _reward_metrics(members) | _objective_metrics(members, beta)
+    row |= _reward_metrics(members) | _objective_metrics(members, beta) | _residual_metrics(members, beta)
     lengths = [member.tokens for member in members]
     row["completions/mean_length"] = fmean(lengths)
     row["completions/max_length"] = max(lengths)
@@ -76,7 +77,10 @@ def _reward_metrics(members: Sequence[Member]) -> dict[str, float]:
     rewards = [[member.reward for member in group] for group in by_group(members)]
     row = {
         "reward": fmean(value for group in rewards for value in group),
+        "reward_min": min(value for group in rewards for value in group),
+        "reward_max": max(value for group in rewards for value in group),
         "reward_std": fmean(pstdev(group) for group in rewards),
+        "reward_var": fmean(variance(group) for group in rewards),
         "frac_reward_zero_std": fmean(max(group) == min(group) for group in rewards),
         "groups": float(len(rewards)),
     }
@@ -100,6 +104,15 @@ def _objective_metrics(members: Sequence[Member], beta: float) -> dict[str, floa
     row["log_ratio/max"] = max(abs(ratio) for ratio in ratios)
     explained = _explained(by_group(members), beta) if beta else None
     return row if explained is None else row | {"r2": explained}
+
+
+def _residual_metrics(members: Sequence[Member], beta: float) -> dict[str, float]:
+    groups = by_group(members)
+    residuals = [[member.reward - beta * (member.logp - member.ref_logp) for member in group] for group in groups]
+    return {
+        "residual_var": fmean(variance(group) for group in residuals),
+        "log_ratio/group_std": fmean(pstdev(member.logp - member.ref_logp for member in group) for group in groups),
+    }
 
 
 def _explained(groups: Sequence[Sequence[Member]], beta: float) -> float | None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from gvpo.groups import Group
 from gvpo.report.terminal import ProgressDisplay, completions_table
 from gvpo.training.config import GVPOConfig
+from gvpo.training.health import mark
 from gvpo.training.run_folder import RunFolder
 
 
@@ -57,7 +58,6 @@ class Reporter:
         self.folder = folder
         self.history = history
         self._stopwatch = stopwatch
-        self._warned = False
         self._accelerator = accelerator
         self._is_main = accelerator.is_main_process
         self._display = ProgressDisplay(total, start=start, enabled=self._is_main and not config.disable_tqdm)
@@ -77,16 +77,19 @@ class Reporter:
             tracker.finish()
 
     def row(self, row: dict[str, Any]) -> None:
-        """An update's metrics: to the history, metrics.jsonl, terminal and trackers; its seconds to timings.jsonl."""
+        """An update's metrics: to the history, metrics.jsonl, terminal and trackers; its seconds to timings.jsonl.
+
+        What they show to be wrong goes into the row, and to the terminal when it begins.
+        """
         self.history.append(row)
+        news = mark(self.history, self.config)
         seconds = self._stopwatch.take()
         if not self._is_main:
             return
         self.folder.append("metrics.jsonl", row)
         self.folder.append("timings.jsonl", {"update": row["update"], **seconds})
-        if row["update"] > 0 and "reward" not in row and not self._warned:
-            self._warned = True
-            self.note("warning: no group has two rewarded completions, so this update changes nothing")
+        for symptom in news:
+            self.note(f"warning: {symptom.name}: {symptom.text}")
         due = row["update"] % self.config.logging_steps == 0 or any(name.startswith("eval/") for name in row)
         self._display.update(row, line=due)
         if due and self.config.trackers:
