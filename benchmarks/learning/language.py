@@ -1,0 +1,111 @@
+"""SmolLM2-135M on tasks that reasoning-gym makes and scores: what a run reached on held-out prompts, answered greedily.
+
+The assistant's turn is begun for it ("3 + 4 ="), so that the untrained model answers some of the prompts; what it has to
+learn is to say no more than the answer, and to get it right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+import reasoning_gym
+from cells import Run
+
+from gvpo import GVPOConfig, GVPOTrainer
+
+TRAIN, HELD_OUT = 1000, 100
+SYSTEM = {"role": "system", "content": "You answer briefly."}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A reasoning-gym data set; begin: from an entry to the words with which the answer begins; longest: tokens."""
+
+    name: str
+    settings: dict[str, int]
+    begin: Callable[[dict[str, Any]], str]
+    longest: int = 8
+
+
+def _sum(entry: dict[str, Any]) -> str:
+    return entry["question"].strip().rpartition(": ")[2]
+
+
+def _gcd(entry: dict[str, Any]) -> str:
+    return "GCD({}, {}) =".format(*re.findall(r"\d+", entry["question"]))
+
+
+TASKS = {
+    "chain_sum": Task("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, _sum),
+    "gcd": Task("gcd", {"min_value": 1, "max_value": 20}, _gcd),
+}
+
+
+def run(run: Run) -> dict[str, float]:
+    """Train, and answer the held-out prompts before and after."""
+    cell = run.cell
+    config = GVPOConfig(
+        objective=cell.objective,
+        beta=cell.beta,
+        reference=cell.reference,
+        learning_rate=run.learning_rate,
+        updates_per_rollout=cell.updates_per_rollout,
+        groups_per_update=cell.groups_per_update,
+        num_generations=cell.members,
+        max_steps=cell.updates,
+        max_completion_length=TASKS[cell.task].longest,
+        seed=run.seed,
+        eval_on_start=True,
+        disable_tqdm=True,
+    )
+    train, held_out = rows(cell.task)
+    trainer = GVPOTrainer("smollm2-135m", train, exact, config=config, eval_dataset=held_out)
+    trainer.train()
+    updates = [row for row in trainer.history if row["update"] > 0]
+    return {
+        "before": trainer.history[0]["eval/reward"],
+        "after": trainer.history[-1]["eval/reward"],
+        "during": fmean(row["reward"] for row in updates),
+        "late": fmean(row["reward"] for row in updates[-8:]),
+        "largest_log_ratio": max(row["log_ratio/max"] for row in updates),
+    }
+
+
+def exact(
+    completions: list[list[dict[str, str]]], entry: list[dict[str, Any]], task: list[str], **_: Any
+) -> list[float]:
+    """1 where reasoning-gym gives the whole answer full marks, else 0."""
+    return [
+        float(_scorer(name).score_answer(messages[-1]["content"].strip(), one) == 1)
+        for messages, one, name in zip(completions, entry, task, strict=True)
+    ]
+
+
+@cache
+def rows(task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and held-out rows; no question is in both."""
+    held_out = {entry["question"]: entry for entry in _entries(task, 4 * HELD_OUT, seed=1)}
+    held_out = dict(list(held_out.items())[:HELD_OUT])
+    train = [entry for entry in _entries(task, 2 * TRAIN, seed=0) if entry["question"] not in held_out]
+    return [_row(task, entry) for entry in train[:TRAIN]], [_row(task, entry) for entry in held_out.values()]
+
+
+def _entries(task: str, size: int, seed: int) -> list[dict[str, Any]]:
+    return list(reasoning_gym.create_dataset(TASKS[task].name, size=size, seed=seed, **TASKS[task].settings))
+
+
+@cache
+def _scorer(task: str) -> Any:
+    return reasoning_gym.create_dataset(TASKS[task].name, size=1, seed=0, **TASKS[task].settings)
+
+
+def _row(task: str, entry: dict[str, Any]) -> dict[str, Any]:
+    user = {"role": "user", "content": entry["question"].strip()}
+    begun = {"role": "assistant", "content": TASKS[task].begin(entry)}
+    kept = {"question": entry["question"], "answer": entry["answer"], "metadata": {}}
+    return {"prompt": [SYSTEM, user, begun], "entry": kept, "task": task}
