@@ -111,7 +111,7 @@ def anchored(task: str) -> list[Cell]:
 def language(task: str) -> list[Cell]:
     """The comparison that is owed on a real model: on-policy, and eight updates from one rollout."""
     return [
-        Cell("language", task, objective, 0.0 if objective in ZERO_BETA else 0.1, stale, completions=64, updates=24)
+        Cell("language", task, objective, 0.0 if objective in ZERO_BETA else 0.1, stale, completions=64, updates=20)
         for stale, objective in product((1, 8), ("gvpo", "dr_grpo", "grpo"))
     ]
 

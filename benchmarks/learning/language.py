@@ -1,7 +1,9 @@
-"""SmolLM2-135M on tasks that reasoning-gym makes and scores: what a run reached on held-out prompts, answered greedily.
+"""SmolLM2-135M on tasks that reasoning-gym makes and scores: what a run reached on held-out prompts, greedily.
 
-The assistant's turn is begun for it ("3 + 4 ="), so that the untrained model answers some of the prompts; what it has to
-learn is to say no more than the answer, and to get it right.
+bfloat16 autocast over float32 weights, which halves the time on a processor that has it.
+
+The assistant's turn is begun for it ("3 + 4 ="), so that the untrained model answers some of the prompts; what it has
+to learn is to say no more than the answer, and to get it right.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ TASKS = {
 
 
 def run(run: Run) -> dict[str, float]:
-    """Train, and answer the held-out prompts before and after."""
+    """Train, and answer the held-out prompts."""
     cell = run.cell
     config = GVPOConfig(
         objective=cell.objective,
@@ -59,16 +61,15 @@ def run(run: Run) -> dict[str, float]:
         num_generations=cell.members,
         max_steps=cell.updates,
         max_completion_length=TASKS[cell.task].longest,
+        bf16=True,
         seed=run.seed,
-        eval_on_start=True,
         disable_tqdm=True,
     )
     train, held_out = rows(cell.task)
     trainer = GVPOTrainer("smollm2-135m", train, exact, config=config, eval_dataset=held_out)
     trainer.train()
-    updates = [row for row in trainer.history if row["update"] > 0]
+    updates = trainer.history
     return {
-        "before": trainer.history[0]["eval/reward"],
         "after": trainer.history[-1]["eval/reward"],
         "during": fmean(row["reward"] for row in updates),
         "late": fmean(row["reward"] for row in updates[-8:]),

@@ -1,0 +1,148 @@
+"""The tables and figures of docs/experiments.md, from results/*.jsonl.
+
+    python benchmarks/learning/report.py [--figures docs/figures]
+
+Means over the reported seeds with 95 % intervals (Student's t); a difference to GVPO is taken seed by seed, on the same
+task, start and prompts. A cell that has not all its seeds yet is marked open.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from cells import PROTOCOLS, Cell, cells_of
+from run import best_rate, find, read_results
+from scipy.stats import t as student
+
+
+@dataclass(frozen=True)
+class Table:
+    """One experiment on one task: a row per value of `rows`, a column per value of `columns`, cells of one measure."""
+
+    experiment: str
+    task: str
+    rows: tuple[str, ...]
+    columns: str
+    measure: str = "after"
+    compare: str | None = "gvpo"
+
+
+TABLES = [
+    Table("language", "chain_sum", ("objective",), "updates_per_rollout"),
+    Table("language", "chain_sum", ("objective",), "updates_per_rollout", "during"),
+    Table("language", "gcd", ("objective",), "updates_per_rollout"),
+    Table("staleness", "rare", ("objective",), "updates_per_rollout"),
+    Table("staleness", "rare", ("objective",), "updates_per_rollout", "during"),
+    Table("staleness", "graded", ("objective",), "updates_per_rollout"),
+    Table("beta", "rare", ("updates_per_rollout",), "beta", compare=None),
+    Table("beta", "graded", ("updates_per_rollout",), "beta", compare=None),
+    Table("members", "rare", ("objective", "updates_per_rollout"), "members", compare=None),
+    Table("ablations", "rare", ("objective",), "updates_per_rollout"),
+    Table("ablations", "graded", ("objective",), "updates_per_rollout"),
+    Table("anchored", "graded", ("objective",), "updates_per_rollout", "distance"),
+    Table("anchored", "graded", ("objective",), "updates_per_rollout"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figures", type=Path, help="folder to draw the figures in")
+    options = parser.parse_args()
+    for table in TABLES:
+        print(f"\n### {table.experiment}, {table.task}: `{table.measure}`\n\n{markdown(table)}")
+    if options.figures:
+        draw_staleness(options.figures)
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown."""
+    cells = cells_of(table.experiment, table.task)
+    columns = list(dict.fromkeys(getattr(cell, table.columns) for cell in cells))
+    names = list(dict.fromkeys(tuple(getattr(cell, name) for name in table.rows) for cell in cells))
+    lines = [
+        f"| {', '.join(table.rows)} | " + " | ".join(f"{table.columns} {column:g}" for column in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for name in names:
+        shown = []
+        for column in columns:
+            cell = _cell(cells, table, name, column)
+            other = _cell(cells, table, (table.compare, *name[1:]), column) if table.compare else None
+            shown.append(entry(cell, other if other != cell else None, table.measure))
+        lines.append(f"| {', '.join(map(str, name))} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def entry(cell: Cell, other: Cell | None, measure: str) -> str:
+    """Mean and interval, the learning rate, and the difference to another cell where it is given."""
+    values = of_seeds(cell, measure)
+    if values is None:
+        return "open"
+    text = f"{interval(values)} ({chosen_rate(cell):g})"
+    theirs = of_seeds(other, measure) if other is not None else None
+    if theirs is None:
+        return text
+    return f"{text}, Δ {interval([mine - other for mine, other in zip(values, theirs, strict=True)], sign=True)}"
+
+
+def of_seeds(cell: Cell, measure: str) -> list[float] | None:
+    """A measure of every reported seed at the learning rate that was tuned; None while some are missing."""
+    rate, rows = chosen_rate(cell), read_results(cell.task)
+    found = [find(cell.run(rate, seed), rows) for seed in PROTOCOLS[cell.task].seeds] if rate else [None]
+    return None if None in found else [row[measure] for row in found]
+
+
+def chosen_rate(cell: Cell) -> float | None:
+    """The tuned learning rate; None before all have been tried."""
+    protocol, rows = PROTOCOLS[cell.task], read_results(cell.task)
+    tried = [find(cell.run(rate, seed), rows) for rate in protocol.learning_rates for seed in protocol.tuning_seeds]
+    return None if None in tried else best_rate(cell, protocol, rows)
+
+
+def interval(values: list[float], *, sign: bool = False) -> str:
+    """Mean ± half the width of the 95 % interval."""
+    return f"{fmean(values):{'+' if sign else ''}.3f} ± {half_width(values):.3f}"
+
+
+def half_width(values: list[float]) -> float:
+    """Half the width of Student's 95 % interval of the mean."""
+    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
+
+
+def draw_staleness(folder: Path) -> None:
+    """Reward at the end against updates per rollout, per objective, with intervals."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    shown = (("chain_sum", "language"), ("rare", "staleness"), ("graded", "staleness"))
+    for axis, (task, experiment) in zip(axes, shown, strict=True):
+        cells = cells_of(experiment, task)
+        for objective in dict.fromkeys(cell.objective for cell in cells):
+            points = [(c.updates_per_rollout, of_seeds(c, "after")) for c in cells if c.objective == objective]
+            points = [(x, values) for x, values in points if values is not None]
+            if points:
+                x, values = zip(*points, strict=True)
+                means, widths = [fmean(v) for v in values], [half_width(v) for v in values]
+                axis.errorbar(x, means, widths, marker="o", capsize=3, label=objective)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axis.set(title=task, xlabel="updates per rollout", ylabel="reward at the end")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].legend(frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    for extension in ("png", "svg"):
+        figure.savefig(folder / f"staleness.{extension}", dpi=150)
+
+
+def _cell(cells: list[Cell], table: Table, name: tuple[Any, ...], column: Any) -> Cell:
+    wanted = dict(zip(table.rows, name, strict=True)) | {table.columns: column}
+    return next(cell for cell in cells if all(getattr(cell, key) == value for key, value in wanted.items()))
+
+
+if __name__ == "__main__":
+    main()
