@@ -168,23 +168,26 @@ class Targets:
 
         Raises UserError for a reward without what it is to be fitted with, and for what is not finite.
         """
-        members = [(number, member) for number, group in enumerate(groups) for member in group.completions]
         for number, group in enumerate(groups):
             for place, member in enumerate(group.completions):
                 with located(f"group {number}, member {place}"):
                     _check_member(member, own_reference=own_reference)
-        rewards_N = torch.tensor([one.reward or 0.0 for _, one in members], dtype=torch.float64, device=device)
-        refs_N = None
-        if not own_reference:
-            refs_N = torch.tensor([one.ref_logprob or 0.0 for _, one in members], dtype=torch.float64, device=device)
-        kept_N = torch.tensor([one.reward is not None for _, one in members], dtype=torch.bool, device=device)
-        ids_N = torch.tensor([number for number, _ in members], dtype=torch.long, device=device)
+        members = [member for group in groups for member in group.completions]
+        ids = [number for number, group in enumerate(groups) for _ in group.completions]
+
+        def numbers(name: str) -> Tensor:
+            values = [getattr(member, name) for member in members]
+            return torch.tensor([value or 0.0 for value in values], dtype=torch.float64, device=device)
+
+        kept_N = torch.tensor([member.reward is not None for member in members], dtype=torch.bool, device=device)
+        refs_N = None if own_reference else numbers("ref_logprob")
         tokens = None
         if mask_NT is not None:
             refs_NT = None if own_reference else _token_logprobs(groups, "ref_token_logprobs", mask_NT)
             old_NT = None if own_rollout else _token_logprobs(groups, "old_token_logprobs", mask_NT)
             tokens = TokenTargets(mask_NT, refs_NT, old_NT)
-        return cls(rewards_N, refs_N, ids_N, kept_N, tokens)
+        ids_N = torch.tensor(ids, dtype=torch.long, device=device)
+        return cls(numbers("reward"), refs_N, ids_N, kept_N, tokens)
 
     def teaching_groups(self) -> int:
         """Groups with two rewarded members or more."""
