@@ -94,14 +94,14 @@ def claims(measured: Ablations) -> list[Claim]:
         ),
         claim(
             "ablations/no-covariance",
-            "Without the covariance term the reference is forgotten: the end is exp(R/beta)/Z under every sampling law.",
+            "Without the covariance term the reference is forgotten: the end is exp(R/beta)/Z, whoever samples.",
             below("TV to exp(R/beta)/Z", max(total_variation(end, plain_A) for end in ends), 1e-6),
             above("TV of that to pi*", total_variation(plain_A, problem.optimum()), 0.3),
         ),
         claim(
             "ablations/no-variance",
-            "Without the variance term it runs to the argmax of R + beta log pi_ref, logits unbounded (sampled uniformly "
-            "or from the policy).",
+            "Without the variance term it runs to the argmax of R + beta log pi_ref, logits unbounded (sampled "
+            "uniformly or from the policy).",
             *_run_checks(measured.no_variance, ("uniform", "on-policy"), int(tilted(problem).argmax())),
         ),
         claim(

@@ -77,8 +77,8 @@ def claim(name: str, statement: str, *checks: Check) -> Claim:
 
 
 def brief(value: Number) -> str:
-    """A number as a table shows it."""
-    return " ".join(map(brief, value)) if isinstance(value, list) else f"{value:.3g}"
+    """A number as a table shows it; of a list, the smallest and the largest."""
+    return f"{min(value):.3g} .. {max(value):.3g}" if isinstance(value, list) else f"{value:.3g}"
 
 
 def _plain(value: Number) -> Any:

@@ -79,8 +79,8 @@ def claims(measured: FiniteGroups) -> list[Claim]:
         ),
         claim(
             "finite-groups/distinct",
-            "Counter-example: distinct draws are biased. Of n = 5 equally likely answers by n/(n-1), for every k; under "
-            "a skewed law by an amount that depends on k (2, 3, 4, 5).",
+            "Counter-example: distinct draws are biased. Of n = 5 equally likely answers by n/(n-1), for every k; "
+            "under a skewed law by an amount that depends on k (2, 3, 4, 5).",
             below("gap to 5/4, uniform", max(abs(r - 1.25) for r in measured.distinct_uniform.values()), 1e-10),
             above("bias at k = 2, skewed", abs(measured.distinct_law[2] - 1), 0.05),
             shown("ratio to truth, skewed", list(measured.distinct_law.values())),

@@ -1,7 +1,8 @@
 """GRPO in the population: rewards divided by the policy's own spread (GRPO: arXiv 2402.03300; derived here).
 
-With the advantage (R - E R) / sigma held fixed, an exact step of E[advantage] - beta KL leads to pi_ref exp(R / (beta
-sigma)) / Z; sigma is then the new policy's, and the tilt 1 / (beta sigma) grows until it agrees with itself, or forever.
+With the advantage (R - E R) / sigma held fixed, an exact step of E[advantage] - beta KL leads to
+pi_ref exp(R / (beta sigma)) / Z; sigma is then the new policy's, and the tilt 1 / (beta sigma) grows until it agrees
+with itself, or forever. Not covered: clipping, token averages, finite groups.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def claims(measured: Grpo) -> list[Claim]:
     return [
         claim(
             "policy-gradients/grpo-stops",
-            f"GRPO tilts by R/(beta sigma), sigma the policy's own spread. {ANSWERS} answers, rewards uniform in [0, 1], "
-            f"beta = {STOPS:g}: it stops where the tilt agrees with itself, not at pi*.",
+            f"GRPO tilts by R/(beta sigma), sigma the policy's own spread. {ANSWERS} answers, rewards uniform in "
+            f"[0, 1], beta = {STOPS:g}: it stops where the tilt agrees with itself, not at pi*.",
             near("tilt x beta x sigma", stopped.tilts[-1] * STOPS * sigma, 1.0, 1e-9),
             below("gradient left", stopped.gradient, 1e-9),
             above("TV to pi*", total_variation(stopped.policy, stopped.problem.optimum()), 0.3),

@@ -5,6 +5,7 @@ The paper's convergence guarantee; in this form derived here: exact steps give p
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,12 +48,12 @@ class Iterations(NamedTuple):
 
     def kl_of_steps(self) -> list[float]:
         """KL(pi_{t+1} || pi_t), nats."""
-        return [kl(after, before) for before, after in zip(self.policies, self.policies[1:], strict=False)]
+        return [kl(after, before) for before, after in pairwise(self.policies)]
 
     def bounds(self) -> list[float]:
         """(E_{t+1} R - E_t R) / beta, nats."""
         rewards = self.rewards()
-        return [(b - a) / self.problem.beta for a, b in zip(rewards, rewards[1:], strict=False)]
+        return [(b - a) / self.problem.beta for a, b in pairwise(rewards)]
 
 
 def measure() -> Iterations:
@@ -68,7 +69,7 @@ def claims(measured: Iterations) -> list[Claim]:
     """The path, its coefficient, its steps, and its length."""
     gaps = [total_variation(policy, measured.expected(t)) for t, policy in enumerate(measured.policies)]
     slack = [bound - step for bound, step in zip(measured.bounds(), measured.kl_of_steps(), strict=True)]
-    reverse = [kl(before, after) for before, after in zip(measured.policies, measured.policies[1:], strict=False)]
+    reverse = [kl(before, after) for before, after in pairwise(measured.policies)]
     whole = (measured.policies[0] + measured.problem.rewards_A / TOTAL).log_softmax(0)
     lengths = measured.kl_to_start()
     return [
@@ -79,10 +80,10 @@ def claims(measured: Iterations) -> list[Claim]:
         ),
         claim(
             "iterations/coefficient",
-            f"{STEPS} steps maximise E[R] - (beta/{STEPS}) KL(pi || pi_0): the coefficient is beta/n. With n times beta "
-            f"in each step it is beta ({TOTAL:g}).",
+            f"{STEPS} steps maximise E[R] - (beta/{STEPS}) KL(pi || pi_0): the coefficient is beta/n. With n times b "
+            f"in each step it is b ({TOTAL:g}).",
             near("beta / coefficient", BETA / _coefficient(measured), STEPS, 1e-5),
-            below("TV to one step at beta", total_variation(measured.rescaled, whole), 1e-6),
+            below("TV to one step at b", total_variation(measured.rescaled, whole), 1e-6),
         ),
         claim(
             "iterations/step-bound",
@@ -93,7 +94,7 @@ def claims(measured: Iterations) -> list[Claim]:
         claim(
             "iterations/kl-to-start",
             "Nothing anchors the path to its start: KL(pi_t || pi_0) grows with every step.",
-            above("smallest growth", min(b - a for a, b in zip(lengths, lengths[1:], strict=False)), 0.01),
+            above("smallest growth", min(b - a for a, b in pairwise(lengths)), 0.01),
             shown("KL to start, nats", lengths),
         ),
     ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from gvpo import objective
-from gvpo.lab.claim import Claim, above, below, claim, shown
+from gvpo.lab.claim import Check, Claim, above, below, claim, shown
 from gvpo.lab.descent import minimise
 from gvpo.lab.policies import Problem, softmax_table, spread, total_variation
 
@@ -25,13 +25,13 @@ PROBLEM = Problem(
 )
 """Rewards log 3 apart: the better of two wins 3 times in 4 (Bradley-Terry), so labels can be listed exactly."""
 STARTS = (torch.tensor([0.0, 0, 0, 0], dtype=torch.float64), torch.tensor([2.0, 2, -1, -1], dtype=torch.float64))
-MARKS = (200, 400, 800, 1600, 3200)
+MARKS = (100, 200, 400, 800, 1600)
 
 Loss = Callable[[Tensor], Tensor]
 
 
 class Pairs(NamedTuple):
-    """Ends from both starts, by method, on two pairs and on all; DPO's spread step by step and GVPO's end, on a chain."""
+    """Ends from both starts, by method, on two pairs and on all; on a chain DPO's spread and GVPO's end."""
 
     apart: dict[str, list[Tensor]]
     apart_losses: dict[str, list[float]]
@@ -46,7 +46,7 @@ def measure() -> Pairs:
     apart = {"GVPO": gvpo_on(APART), "DPO": dpo_on(APART)}
     everywhere = {"GVPO": gvpo_on(ALL_PAIRS), "DPO": dpo_on(ALL_PAIRS)}
     ends = {name: _ends(loss) for name, loss in apart.items()}
-    spreads, losses = _descend(_hard(CHAIN, objective_dpo))
+    spreads, losses = _descend(_hard(CHAIN, objective.dpo_loss))
     return Pairs(
         ends,
         {name: [float(apart[name](policy)) for policy in policies] for name, policies in ends.items()},
@@ -62,17 +62,18 @@ def claims(measured: Pairs) -> list[Claim]:
     optimum_A = PROBLEM.optimum()
     wins_A = torch.tensor([3.0, 2, 1, 0], dtype=torch.float64)
     hard_A = (PROBLEM.reference_A + wins_A / PROBLEM.beta).log_softmax(0)
-    growth = [b - a for a, b in zip(measured.dpo_spreads, measured.dpo_spreads[1:], strict=False)]
+    growth = [b - a for a, b in pairwise(measured.dpo_spreads)]
     return [
         claim(
             "pairs/components",
-            "On the pairs (0, 1) and (2, 3) alone, GVPO with k = 2 and DPO alike fix each pair's margin and no more: one "
-            "constant per connected component is free, and policies far apart have the same, least loss.",
+            "On the pairs (0, 1) and (2, 3) alone, GVPO with k = 2 and DPO alike fix each pair's margin and no more: "
+            "one constant per connected component is free, and policies far apart have the same, least loss.",
             *(check for name in measured.apart for check in _apart_checks(measured, name)),
         ),
         claim(
             "pairs/full-support",
-            "Pairs drawn i.i.d. with full support leave GVPO one minimiser, pi*. So do Bradley-Terry labels on them DPO.",
+            "Pairs drawn i.i.d. with full support leave GVPO one minimiser, pi*. Bradley-Terry labels on them leave "
+            "DPO the same one.",
             *(
                 below(f"{name}: largest TV to pi*", max(total_variation(end, optimum_A) for end in ends), 1e-6)
                 for name, ends in measured.everywhere.items()
@@ -96,16 +97,6 @@ def claims(measured: Pairs) -> list[Claim]:
     ]
 
 
-def objective_dpo(
-    logps_N: Tensor, ref_logps_N: Tensor, rewards_N: Tensor, group_ids_N: Tensor, *, beta: float
-) -> Tensor:
-    """-log sigmoid of the better member's margin, averaged over pairs; members of a pair stand side by side."""
-    del group_ids_N
-    margins_P2 = beta * (logps_N - ref_logps_N).view(-1, 2)
-    signs_P = (rewards_N.view(-1, 2)[:, 0] - rewards_N.view(-1, 2)[:, 1]).sign()
-    return -logsigmoid(signs_P * (margins_P2[:, 0] - margins_P2[:, 1])).mean()
-
-
 def gvpo_on(pairs: list[tuple[int, int]]) -> Loss:
     """The library's loss on these pairs, with the problem's rewards."""
     answers_N, ids_N = _columns(pairs)
@@ -121,7 +112,7 @@ def dpo_on(pairs: list[tuple[int, int]]) -> Loss:
         if a != b
         for win in range(4)
     ]
-    return _hard(labelled, objective_dpo)
+    return _hard(labelled, objective.dpo_loss)
 
 
 def _hard(pairs: list[tuple[int, int]], loss: Callable[..., Tensor]) -> Loss:
@@ -152,7 +143,7 @@ def _descend(loss: Loss) -> tuple[list[float], list[float]]:
     return spreads, losses
 
 
-def _apart_checks(measured: Pairs, name: str) -> list:
+def _apart_checks(measured: Pairs, name: str) -> list[Check]:
     one, two = measured.apart[name]
     gap_A = one - two
     within = max(abs(float(gap_A[a] - gap_A[b])) for a, b in APART)

@@ -1,4 +1,4 @@
-"""Theorem 2: where the answers come from does not matter, if every answer can come (arXiv 2504.19599, Corollary 3.2)."""
+"""Theorem 2: where answers come from does not matter, if every answer can come (arXiv 2504.19599, Corollary 3.2)."""
 
 from __future__ import annotations
 
