@@ -102,8 +102,8 @@ def _cell(claim: Claim) -> Any:
     from gvpo.lab.claim import brief
 
     numbers = Table.grid(padding=(0, 2))
-    numbers.add_column(width=30)
-    numbers.add_column(width=14, justify="right")
+    numbers.add_column(width=29)
+    numbers.add_column(width=18, justify="right")
     numbers.add_column()
     for check in claim.checks:
         style = "" if check.holds else "bold red"

@@ -17,6 +17,9 @@ Law = Callable[[Tensor], Tensor]
 STATIONARY, ZERO = 1e-13, 1e-23
 """A gradient whose largest entry is smaller has vanished; a loss below the other is zero but for rounding."""
 
+SCALE = 1e10
+"""torch's L-BFGS takes no curvature from steps below a fixed size: a larger loss lets it go on learning it."""
+
 ROUNDS = (20, 40, 80, 160, 320, 320)
 
 
@@ -50,13 +53,13 @@ def minimise(table: Table, loss_of: Callable[[Tensor], Tensor], start_E: Tensor,
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = loss_of(table.logps(logits_E))
+        loss = SCALE * loss_of(table.logps(logits_E))
         loss.backward()
         return loss
 
     for _ in range(steps):
         path.append(table.logps(logits_E.detach()))
-        losses.append(float(optimizer.step(closure).detach()))  # pyright: ignore[reportArgumentType]
+        losses.append(float(optimizer.step(closure).detach()) / SCALE)  # pyright: ignore[reportArgumentType]
         if abs(losses[-1]) < ZERO or _gradient_size(logits_E) < STATIONARY or _stuck(losses):
             break
     path.append(table.logps(logits_E.detach()))
@@ -92,4 +95,4 @@ def _stuck(losses: list[float]) -> bool:
 
 def _gradient_size(logits_E: Tensor) -> float:
     assert logits_E.grad is not None
-    return float(logits_E.grad.abs().max())
+    return float(logits_E.grad.abs().max()) / SCALE

@@ -80,8 +80,13 @@ def expected_surrogate(logps_A: Tensor, problem: Problem, draws: Draws, componen
 
 def group_weights(logps_A: Tensor, problem: Problem, draws: Draws, components: Collection[str] = ALL) -> Tensor:
     """`gvpo_weights` of every member of every group."""
-    columns = (values_A[draws.answers_N] for values_A in (logps_A, problem.reference_A, problem.rewards_A))
+    columns = member_columns(logps_A, problem, draws.answers_N)
     return objective.gvpo_weights(*columns, draws.group_ids_N, beta=problem.beta, components=components)
+
+
+def member_columns(logps_A: Tensor, problem: Problem, answers_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, reference log-probs and rewards of members, as the objective takes them."""
+    return logps_A[answers_N], problem.reference_A[answers_N], problem.rewards_A[answers_N]
 
 
 def half_variance(logps_A: Tensor, problem: Problem, sampling_A: Tensor) -> float:
@@ -91,10 +96,8 @@ def half_variance(logps_A: Tensor, problem: Problem, sampling_A: Tensor) -> floa
 
 def _weighted(logps_A: Tensor, problem: Problem, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
     scale_N = (draws.probs_P * len(draws.probs_P)).sqrt()[draws.group_ids_N]
-    logps_N, refs_N, rewards_N = (
-        scale_N * values_A[draws.answers_N] for values_A in (logps_A, problem.reference_A, problem.rewards_A)
-    )
-    return logps_N, refs_N, rewards_N
+    logps_N, refs_N, rewards_N = member_columns(logps_A, problem, draws.answers_N)
+    return scale_N * logps_N, scale_N * refs_N, scale_N * rewards_N
 
 
 def _draws(groups_PG: Tensor, probs_P: Tensor) -> Draws:

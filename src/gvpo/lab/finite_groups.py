@@ -10,7 +10,15 @@ from torch import Tensor
 
 from gvpo import objective
 from gvpo.lab.claim import Claim, above, below, claim, near, shown
-from gvpo.lab.expectation import Draws, distinct_draws, draws_with_replacement, expected_loss, half_variance, mixture
+from gvpo.lab.expectation import (
+    Draws,
+    distinct_draws,
+    draws_with_replacement,
+    expected_loss,
+    half_variance,
+    member_columns,
+    mixture,
+)
 from gvpo.lab.policies import Problem, random_logits, random_problem, softmax_table
 
 SIZES = range(2, 17)
@@ -63,7 +71,7 @@ def claims(measured: FiniteGroups) -> list[Claim]:
         ),
         claim(
             "finite-groups/ragged",
-            f"The same for ragged groups: k = {', '.join(map(str, SHARES))} mixed {_percent(SHARES.values())}.",
+            f"The same for ragged groups: k = {', '.join(map(str, SHARES))} mixed {'/'.join(f'{share:.0%}' for share in SHARES.values())}.",
             below("relative gap", abs(measured.ragged - 1), 1e-10),
         ),
         claim(
@@ -110,10 +118,5 @@ def _listed_loss(logps_A: Tensor, problem: Problem) -> float:
     groups = pairs + list(itertools.product([0, 0, 1, 2], repeat=3))
     answers_N = torch.tensor([answer for group in groups for answer in group])
     ids_N = torch.tensor([number for number, group in enumerate(groups) for _ in group])
-    columns = (values_A[answers_N] for values_A in (logps_A, problem.reference_A, problem.rewards_A))
+    columns = member_columns(logps_A, problem, answers_N)
     return float(objective.gvpo_loss(*columns, ids_N, beta=problem.beta))
-
-
-def _percent(shares: object) -> str:
-    assert isinstance(shares, type({}.values()))
-    return "/".join(f"{share:.0%}" for share in shares)

@@ -21,12 +21,10 @@ class Gradients(NamedTuple):
 
     whole: Tensor
     weighted: Tensor
-    reward: Tensor
-    covariance: Tensor
-    variance: Tensor
+    terms: dict[str, Tensor]
     on_policy: Tensor
     constrained: Tensor
-    cancelling: tuple[Tensor, Tensor]
+    at_reference: dict[str, Tensor]
 
 
 def measure() -> dict[str, Gradients]:
@@ -37,8 +35,8 @@ def measure() -> dict[str, Gradients]:
 def claims(measured: dict[str, Gradients]) -> list[Claim]:
     """The terms add up; on-policy they are a policy gradient; at the reference two of them cancel."""
     results = measured.values()
-    sums = [_gap(g.reward + g.covariance + g.variance, g.whole) for g in results]
-    shares = [float(term.abs().max() / g.whole.abs().max()) for g in results for term in (g.reward, g.covariance)]
+    sums = [_gap(torch.stack(list(g.terms.values())).sum(0), g.whole) for g in results]
+    shares = [float(term.abs().max() / g.whole.abs().max()) for g in results for term in g.terms.values()]
     return [
         claim(
             "policy-gradients/components",
@@ -55,8 +53,8 @@ def claims(measured: dict[str, Gradients]) -> list[Claim]:
         claim(
             "policy-gradients/cancelling",
             "At the reference the covariance and variance gradients cancel: beta does not show in a first update.",
-            below("gap", max(_gap(-g.cancelling[0], g.cancelling[1]) for g in results), 1e-10),
-            shown("size of each", min(float(g.cancelling[0].abs().max()) for g in results)),
+            below("gap", max(_gap(-g.at_reference["ref_cov"], g.at_reference["var"]) for g in results), 1e-10),
+            shown("size of each", min(float(g.at_reference["var"].abs().max()) for g in results)),
         ),
     ]
 
@@ -81,10 +79,10 @@ def _measure(table: Table) -> Gradients:
     return Gradients(
         slope(table, lambda logps_A: expected_loss(logps_A, problem, draws), logits_E),
         slope(table, lambda logps_A: expected_surrogate(logps_A, problem, draws, ALL), logits_E),
-        *(term(name, problem, logits_E) for name in factors),
+        {name: term(name, problem, logits_E) for name in factors},
         slope(table, lambda logps_A: expected_loss(logps_A, problem, fresh), logits_E),
         slope(table, lambda logps_A: -constrained_reward(logps_A, problem), logits_E),
-        (term("ref_cov", start, start_E), term("var", start, start_E)),
+        {name: term(name, start, start_E) for name in ("ref_cov", "var")},
     )
 
 

@@ -23,7 +23,7 @@ BETA, ON_POLICY, KEPT, REPLAYED = 0.3, 0.05, 5, 5
 TABLES = {"softmax": softmax_table(10), "autoregressive": autoregressive_table(3, 3)}
 
 STATEMENTS = {
-    "uniform": "every answer equally likely",
+    "uniform": "all answers alike",
     "reference": "the reference",
     "current policy": "the policy itself, held fixed within a step and renewed",
     "replayed": "a stale policy, unrelated to the present one",
@@ -124,8 +124,8 @@ def _limited_claims(law: str, limited: Limited, optimum_A: Tensor) -> list[Claim
     return [
         claim(
             f"sampling/{name}-alone",
-            f"Counter-example: a {law} alone ({seen} of {len(optimum_A)} answers) leaves pi* a minimiser, but not the "
-            "only one: zero loss at two policies far apart.",
+            f"Counter-example: sampling from a {law} alone ({seen} of {len(optimum_A)} answers) leaves pi* a "
+            "minimiser, but not the only one: zero loss at two policies far apart.",
             below("loss at pi*", limited.loss_at_optimum, 1e-20),
             below("loss at one", limited.losses[0], 1e-20),
             below("loss at the other", limited.losses[1], 1e-20),

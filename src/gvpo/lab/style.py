@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#5F6670", "#C9CED6"
 SIZE = (11.0, 5.8)
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.size": 15,
     "axes.labelsize": 15,
     "axes.titlesize": 15,
@@ -26,7 +26,6 @@ SETTINGS = {
     "lines.linewidth": 2.4,
     "lines.markersize": 8,
     "legend.frameon": False,
-    "svg.fonttype": "none",
     "svg.hashsalt": "gvpo",
     "axes.unicode_minus": False,
 }
@@ -39,11 +38,11 @@ def panels(
     rows, columns = shape or (1, count)
     figure = Figure(figsize=SIZE, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)  # pyright: ignore
-    figure.suptitle(title, x=0.012, ha="left", fontsize=20, fontweight="bold", color="#22262B")
+    figure.suptitle(title, x=0.012, ha="left", fontsize=18, fontweight="bold", color="#22262B")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def label(axes: Axes, text: str, x: float, y: float, color: str, **options: Any) -> None:
+def note(axes: Axes, text: str, x: float, y: float, color: str, **options: Any) -> None:
     """A label beside what it names, in its colour."""
     axes.annotate(text, (x, y), color=color, fontsize=options.pop("fontsize", 14), annotation_clip=False, **options)
 
