@@ -22,7 +22,7 @@ WIDE = 110
 
 def lab(
     out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="Write lab.json and the figures (PNG, SVG) here.")
+        str | None, typer.Option("--out", metavar="DIR", help="Write lab.json, lab.md and figures (PNG, SVG) here.")
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="NAME", help="One family of claims; may be given again.")
@@ -44,9 +44,8 @@ def lab(
         if folder is not None:
             _draw(section, folder)
     if folder is not None:
-        entries = [claim.as_dict() for claim in claims]
-        (folder / "lab.json").write_text(json.dumps(entries, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        print(f"lab.json and figures are in {folder}")
+        _write(claims, folder)
+        print(f"lab.json, lab.md (the same as a table) and the figures are in {folder}")
     held = sum(claim.holds for claim in claims)
     print(f"{held} of {len(claims)} claims hold ({time.perf_counter() - start:.0f} s)")
     return 0 if held == len(claims) else 1
@@ -77,6 +76,14 @@ def _draw(section: Section, folder: Path) -> None:
     from gvpo.lab.figures import draw
 
     draw(section, folder)
+
+
+def _write(claims: list[Claim], folder: Path) -> None:
+    from gvpo.lab.claim import markdown
+
+    entries = [claim.as_dict() for claim in claims]
+    (folder / "lab.json").write_text(json.dumps(entries, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "lab.md").write_text(markdown(claims), encoding="utf-8")
 
 
 def _show(claims: list[Claim]) -> None:

@@ -76,6 +76,19 @@ def claim(name: str, statement: str, *checks: Check) -> Claim:
     return Claim(name, statement, checks)
 
 
+def markdown(claims: Sequence[Claim]) -> str:
+    """The claims as a table in Markdown."""
+
+    def row(*cells: str) -> str:
+        return "| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |"
+
+    rows = [row("claim", "statement", "measured (tolerance)", "holds"), "|---|---|---|---|"]
+    for each in claims:
+        measured = "<br>".join(f"{check.name}: {brief(check.value)} ({check.bound})" for check in each.checks)
+        rows.append(row(f"`{each.name}`", each.statement, measured, "yes" if each.holds else "**no**"))
+    return "\n".join(rows) + "\n"
+
+
 def brief(value: Number) -> str:
     """A number as a table shows it; of a list, the smallest and the largest."""
     return f"{min(value):.3g} .. {max(value):.3g}" if isinstance(value, list) else f"{value:.3g}"

@@ -78,14 +78,16 @@ def minimise_on_policy(table: Table, problem: Problem, law: Law, start_E: Tensor
 
     Ends when a fresh law no longer moves the policy: a stationary point of the gradient that takes samples as given.
     """
-    logits_E, losses, path = start_E, [], []
+    losses, path = [], []
+    part = Descent(start_E, [], [table.logps(start_E)])
     for steps in ROUNDS:
-        draws = draws_with_replacement(law(table.logps(logits_E).exp()), 2)
-        part = minimise(table, lambda logps_A, d=draws: expected_loss(logps_A, problem, d), logits_E, steps=steps)
-        logits_E, losses, path = part.logits_E, losses + part.losses[:-1], path + part.path[:-1]
+        draws = draws_with_replacement(law(part.policy.exp()), 2)
+        part = minimise(table, lambda logps_A, d=draws: expected_loss(logps_A, problem, d), part.logits_E, steps=steps)
+        losses += part.losses[:-1]
+        path += part.path[:-1]
         if steps > ROUNDS[0] and not total_variation(part.path[0], part.policy) > 1e-12:
             break
-    return Descent(logits_E, [*losses, part.losses[-1]], [*path, part.policy])
+    return Descent(part.logits_E, [*losses, part.losses[-1]], [*path, part.policy])
 
 
 def _stuck(losses: list[float]) -> bool:

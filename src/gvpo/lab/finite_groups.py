@@ -23,6 +23,7 @@ from gvpo.lab.policies import Problem, random_logits, random_problem, softmax_ta
 
 SIZES = range(2, 17)
 SHARES = {2: 0.4, 3: 0.3, 7: 0.2, 16: 0.1}
+MIXED = "/".join(f"{share:.0%}" for share in SHARES.values())
 LAW_A = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
 """Answer 0 as often as the two others together: groups can be listed, each as often as it is drawn."""
 
@@ -71,7 +72,7 @@ def claims(measured: FiniteGroups) -> list[Claim]:
         ),
         claim(
             "finite-groups/ragged",
-            f"The same for ragged groups: k = {', '.join(map(str, SHARES))} mixed {'/'.join(f'{share:.0%}' for share in SHARES.values())}.",
+            f"The same for ragged groups: k = {', '.join(map(str, SHARES))} mixed {MIXED}.",
             below("relative gap", abs(measured.ragged - 1), 1e-10),
         ),
         claim(
