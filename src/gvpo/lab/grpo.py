@@ -61,6 +61,7 @@ def claims(measured: Grpo) -> list[Claim]:
         claim(
             "policy-gradients/grpo-collapses",
             f"beta = {COLLAPSES:g}: no tilt agrees with itself, and it collapses to the best answer.",
+            below("largest tilt x beta x sigma", _agreement(collapsed.problem), 1.0),
             above("best answer's probability", float(collapsed.policy.exp().max()), 0.999),
             above("TV to pi*", total_variation(collapsed.policy, collapsed.problem.optimum()), 0.3),
         ),
@@ -85,6 +86,13 @@ def _tilt(rewards_A: Tensor, beta: float) -> tuple[Tensor, list[float]]:
         if tilts[-1] - tilts[-2] < 1e-13 * tilts[-1] or tilts[-1] > _hopeless(rewards_A):
             break
     return policy, tilts
+
+
+def _agreement(problem: Problem) -> float:
+    """The largest tilt x beta x sigma(tilt) of any tilt there is; below 1 none agrees with itself."""
+    tilts = torch.logspace(-2, 5, 2000, dtype=torch.float64).tolist()
+    sigmas = [variance((tilt * problem.rewards_A).softmax(0), problem.rewards_A) ** 0.5 for tilt in tilts]
+    return max(tilt * problem.beta * sigma for tilt, sigma in zip(tilts, sigmas, strict=True))
 
 
 def _hopeless(rewards_A: Tensor) -> float:
