@@ -50,8 +50,8 @@ def in_single_precision(logps: Tensor, refs: Tensor, *args: Any, **named: Any) -
 
 
 def uncentred(logps: Tensor, refs: Tensor, rewards: Tensor, ids: Tensor, *, beta: float, **_: Any) -> Tensor:
-    sizes = torch.bincount(ids)
-    return (((beta * (logps - refs) - rewards) ** 2 / (sizes - 1)[ids]).sum() / len(sizes)) / 2
+    _, ids, sizes = torch.unique(ids, return_inverse=True, return_counts=True)
+    return (((beta * (logps - refs) - rewards) ** 2 / (sizes - 1).clamp(min=1)[ids]).sum() / len(sizes)) / 2
 
 
 def weights_without_variance(*args: Any, components: Any = (), **named: Any) -> Tensor:
