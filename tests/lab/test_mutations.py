@@ -71,6 +71,11 @@ def variance_halved(*args: Any, **named: Any) -> dict[str, Tensor]:
     return moments | {"var": moments["var"] / 2}
 
 
+def another_constant(*args: Any, **named: Any) -> dict[str, Tensor]:
+    moments = COMPONENTS(*args, **named)
+    return moments | {"constant": 2 * moments["constant"]}
+
+
 def dpo_for_the_worse(logps: Tensor, refs: Tensor, rewards: Tensor, *args: Any, **named: Any) -> Tensor:
     return DPO(logps, refs, -rewards, *args, **named)
 
@@ -91,6 +96,7 @@ MUTATIONS: list[tuple[str, Callable[..., Any], str]] = [
     ("gvpo_weights", weights_without_covariance, "policy-gradients"),
     ("gvpo_weights", switches_ignored, "ablations"),
     ("gvpo_components", variance_halved, "policy-gradients"),
+    ("gvpo_components", another_constant, "policy-gradients"),
     ("dpo_loss", dpo_for_the_worse, "pairs"),
 ]
 

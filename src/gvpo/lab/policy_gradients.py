@@ -25,6 +25,7 @@ class Gradients(NamedTuple):
     on_policy: Tensor
     constrained: Tensor
     at_reference: dict[str, Tensor]
+    value_gap: float  # of the terms with their constant, relative to the loss
 
 
 def measure() -> dict[str, Gradients]:
@@ -40,9 +41,11 @@ def claims(measured: dict[str, Gradients]) -> list[Claim]:
     return [
         claim(
             "policy-gradients/components",
-            "Advantage, covariance with the reference and variance add up to GVPO's gradient; so do the weights.",
+            "Advantage, covariance with the reference and variance add up to GVPO's gradient, and with their constant "
+            "to its loss; so do the weights to the gradient.",
             below("gap of the three terms", max(sums), 1e-10),
             below("gap of the weights", max(_gap(g.weighted, g.whole) for g in results), 1e-10),
+            below("gap of the loss", max(g.value_gap for g in results), 1e-10),
             above("smallest term's share", min(shares), 0.01),
         ),
         claim(
@@ -76,6 +79,9 @@ def _measure(table: Table) -> Gradients:
     def term(name: str, problem: Problem, at_E: Tensor) -> Tensor:
         return slope(table, lambda logps_A: factors[name] * expected_components(logps_A, problem, draws)[name], at_E)
 
+    logps_A = table.logps(logits_E)
+    moments = expected_components(logps_A, problem, draws)
+    total = float(moments["constant"] + sum(factor * moments[name] for name, factor in factors.items()))
     return Gradients(
         slope(table, lambda logps_A: expected_loss(logps_A, problem, draws), logits_E),
         slope(table, lambda logps_A: expected_surrogate(logps_A, problem, draws, ALL), logits_E),
@@ -83,6 +89,7 @@ def _measure(table: Table) -> Gradients:
         slope(table, lambda logps_A: expected_loss(logps_A, problem, fresh), logits_E),
         slope(table, lambda logps_A: -constrained_reward(logps_A, problem), logits_E),
         {name: term(name, start, start_E) for name in ("ref_cov", "var")},
+        abs(total / float(expected_loss(logps_A, problem, draws)) - 1),
     )
 
 
