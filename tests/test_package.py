@@ -124,6 +124,7 @@ def test_the_objective_imports_torch_and_the_standard_library_alone() -> None:
         ("rewards", ("gvpo.training", "gvpo.sources", "gvpo.sampling", "gvpo.models")),
         ("sources", ("gvpo.training", "gvpo.report")),
         ("evaluation", ("gvpo.training", "gvpo.report")),
+        ("lab", ("gvpo.training", "gvpo.models", "gvpo.sampling", "gvpo.sources", "gvpo.rewards", "gvpo.report")),
         ("report", ("gvpo.training", "gvpo.models", "gvpo.sampling", "gvpo.sources", "gvpo.rewards")),
     ],
 )

@@ -31,6 +31,7 @@ OPTIONAL = {
     "vllm": None,
     "verl": None,
     "math-verify": None,
+    "matplotlib": None,
     "reasoning-gym": None,
     "tensorboard": None,
     "wandb": None,

@@ -22,6 +22,7 @@ from gvpo.errors import UserError
 COMMANDS = {
     "train": "Train a model by regression onto rewards.",
     "demo": "Watch the embedded model learn, in minutes, on this machine.",
+    "lab": "Measure the theory on finite policies: every claim, exactly.",
     "doctor": "Check the installation, the device, and that scores are exact.",
 }
 """Each is the function of that name in the module `gvpo.cli.<name>`; in the order of the help."""
