@@ -58,7 +58,7 @@ class Protocol:
 
 _ENUMERABLE = Protocol((3e-4, 1e-3, 3e-3), (100,), (0, 1, 2, 3, 4))
 _LANGUAGE = Protocol((1e-5, 3e-5, 1e-4), (100,), (0, 1, 2, 3, 4))
-PROTOCOLS = {"graded": _ENUMERABLE, "rare": _ENUMERABLE, "chain_sum": _LANGUAGE, "gcd": _LANGUAGE}
+PROTOCOLS = {"graded": _ENUMERABLE, "rare": _ENUMERABLE, "family": _LANGUAGE, "sums": _LANGUAGE}
 """By task. Tuning seeds are not among those that are reported."""
 
 ZERO_BETA = {"grpo", "dr_grpo", "rloo", "reinforce"}
@@ -111,7 +111,7 @@ def anchored(task: str) -> list[Cell]:
 def language(task: str) -> list[Cell]:
     """The comparison that is owed on a real model: on-policy, and eight updates from one rollout."""
     return [
-        Cell("language", task, objective, 0.0 if objective in ZERO_BETA else 0.1, stale, completions=64, updates=20)
+        Cell("language", task, objective, 0.0 if objective in ZERO_BETA else 0.1, stale, completions=64, updates=16)
         for stale, objective in product((1, 8), ("gvpo", "dr_grpo", "grpo"))
     ]
 

@@ -1,17 +1,16 @@
 """SmolLM2-135M on tasks that reasoning-gym makes and scores: what a run reached on held-out prompts, greedily.
 
-bfloat16 autocast over float32 weights, which halves the time on a processor that has it.
-
-The assistant's turn is begun for it ("3 + 4 ="), so that the untrained model answers some of the prompts; what it has
-to learn is to say no more than the answer, and to get it right.
+The assistant's turn is begun for it ("3 + 4 =", "Lily is James's"), so that the untrained model answers some of the
+prompts; what it has to learn is to say no more than the answer, and to get it right. bfloat16 autocast over float32
+weights, which halves the time on a processor that has it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -20,31 +19,37 @@ from cells import Run
 
 from gvpo import GVPOConfig, GVPOTrainer
 
-TRAIN, HELD_OUT = 1000, 100
+TRAIN, HELD_OUT, LONGEST = 500, 100, 8
 SYSTEM = {"role": "system", "content": "You answer briefly."}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A reasoning-gym data set; begin: from an entry to the words with which the answer begins; longest: tokens."""
+    """A reasoning-gym data set; begin: from an entry to the words with which the answer begins; asked: entries kept."""
 
     name: str
     settings: dict[str, int]
     begin: Callable[[dict[str, Any]], str]
-    longest: int = 8
+    asked: Callable[[dict[str, Any]], bool] = lambda entry: True
+
+
+def _relation(entry: dict[str, Any]) -> str:
+    return "{person1} is {person2}'s".format(**entry["metadata"])
 
 
 def _sum(entry: dict[str, Any]) -> str:
     return entry["question"].strip().rpartition(": ")[2]
 
 
-def _gcd(entry: dict[str, Any]) -> str:
-    return "GCD({}, {}) =".format(*re.findall(r"\d+", entry["question"]))
-
-
 TASKS = {
-    "chain_sum": Task("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, _sum),
-    "gcd": Task("gcd", {"min_value": 1, "max_value": 20}, _gcd),
+    "family": Task(
+        "family_relationships",
+        {"min_family_size": 3, "max_family_size": 4},
+        _relation,
+        # One word each: husband, wife, father, mother, son, daughter, ...
+        lambda entry: "-" not in entry["answer"],
+    ),
+    "sums": Task("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, _sum),
 }
 
 
@@ -60,7 +65,7 @@ def run(run: Run) -> dict[str, float]:
         groups_per_update=cell.groups_per_update,
         num_generations=cell.members,
         max_steps=cell.updates,
-        max_completion_length=TASKS[cell.task].longest,
+        max_completion_length=LONGEST,
         bf16=True,
         seed=run.seed,
         disable_tqdm=True,
@@ -80,24 +85,24 @@ def run(run: Run) -> dict[str, float]:
 def exact(
     completions: list[list[dict[str, str]]], entry: list[dict[str, Any]], task: list[str], **_: Any
 ) -> list[float]:
-    """1 where reasoning-gym gives the whole answer full marks, else 0."""
+    """1 where reasoning-gym gives the whole answer, but for its last full stop, full marks; else 0."""
     return [
-        float(_scorer(name).score_answer(messages[-1]["content"].strip(), one) == 1)
+        float(_scorer(name).score_answer(messages[-1]["content"].strip().removesuffix("."), one) == 1)
         for messages, one, name in zip(completions, entry, task, strict=True)
     ]
 
 
 @cache
 def rows(task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out rows; no question is in both."""
-    held_out = {entry["question"]: entry for entry in _entries(task, 4 * HELD_OUT, seed=1)}
-    held_out = dict(list(held_out.items())[:HELD_OUT])
-    train = [entry for entry in _entries(task, 2 * TRAIN, seed=0) if entry["question"] not in held_out]
-    return [_row(task, entry) for entry in train[:TRAIN]], [_row(task, entry) for entry in held_out.values()]
-
-
-def _entries(task: str, size: int, seed: int) -> list[dict[str, Any]]:
-    return list(reasoning_gym.create_dataset(TASKS[task].name, size=size, seed=seed, **TASKS[task].settings))
+    """Training and held-out rows; no question is in both, nor in the held-out ones twice."""
+    made = reasoning_gym.create_dataset(TASKS[task].name, size=2000, seed=0, **TASKS[task].settings)
+    by_question: dict[str, list[dict[str, Any]]] = {}
+    for entry in made:
+        if TASKS[task].asked(entry):
+            by_question.setdefault(entry["question"], []).append(_row(task, entry))
+    held_out = [entries[0] for entries in islice(by_question.values(), HELD_OUT)]
+    train = [row for entries in islice(by_question.values(), HELD_OUT, None) for row in entries]
+    return train[:TRAIN], held_out
 
 
 @cache

@@ -33,9 +33,10 @@ class Table:
 
 
 TABLES = [
-    Table("language", "chain_sum", ("objective",), "updates_per_rollout"),
-    Table("language", "chain_sum", ("objective",), "updates_per_rollout", "during"),
-    Table("language", "gcd", ("objective",), "updates_per_rollout"),
+    Table("language", "family", ("objective",), "updates_per_rollout"),
+    Table("language", "family", ("objective",), "updates_per_rollout", "during"),
+    Table("language", "sums", ("objective",), "updates_per_rollout"),
+    Table("language", "sums", ("objective",), "updates_per_rollout", "during"),
     Table("staleness", "rare", ("objective",), "updates_per_rollout"),
     Table("staleness", "rare", ("objective",), "updates_per_rollout", "during"),
     Table("staleness", "graded", ("objective",), "updates_per_rollout"),
@@ -119,7 +120,7 @@ def draw_staleness(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    shown = (("chain_sum", "language"), ("rare", "staleness"), ("graded", "staleness"))
+    shown = (("family", "language"), ("rare", "staleness"), ("graded", "staleness"))
     for axis, (task, experiment) in zip(axes, shown, strict=True):
         cells = cells_of(experiment, task)
         for objective in dict.fromkeys(cell.objective for cell in cells):
