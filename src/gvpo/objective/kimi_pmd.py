@@ -5,7 +5,7 @@
 The group's mean reward stands for beta log Z. The sum of squares is GVPO's plus k (beta mean(l - r))^2: one term more,
 which pulls the mean log-ratio of every group to 0, where at GVPO's optimum it need not be.
 
-Source: Kimi k1.5 (arXiv 2501.12599), equation 3, with tau written beta.
+Source: Kimi k1.5 (arXiv 2501.12599), equation 3 over 2 tau, which makes its gradient their update; tau written beta.
 """
 
 from __future__ import annotations

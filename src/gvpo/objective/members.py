@@ -32,8 +32,6 @@ class Groups(NamedTuple):
 
     def centre(self, values_N: Tensor) -> Tensor:
         """Each value less the mean of its group."""
-        # A lone member is its own mean, whatever it is: infinite too.
-        values_N = torch.where(self.sizes_N == 1, 0.0, values_N)
         # Less one of its values first: a group of equal values is then centred to exact zeros. Rounding errors in their
         # place (1e-17) would be back-propagated as denormal numbers, at a fiftieth of the speed.
         shift_P = values_N.new_full(self.sizes_P.shape, math.inf).scatter_reduce(
@@ -71,7 +69,7 @@ class Members(NamedTuple):
 class TokenMembers(NamedTuple):
     """N completions of at most T tokens as an objective on tokens sees them: float64, only logps_NT with a graph.
 
-    Places where mask_NT is False hold 0 in all three: no ratio and no sum sees them.
+    Places where mask_NT is False, and lone members, hold 0 in all three: no ratio and no sum sees them.
     """
 
     logps_NT: Tensor
@@ -98,7 +96,12 @@ def members(
         _check_alike(name, values, logps_N)
     groups = Groups.from_ids(group_ids_N)
     _check_denominator(denominator, groups)
-    return Members(logps_N.double(), ref_logps_N.detach().double(), rewards_N.detach().double(), groups)
+    # A lone member contributes nothing, whatever it holds: infinity and NaN too.
+    logps_N, ref_logps_N, rewards_N = (
+        torch.where(groups.sizes_N == 1, 0.0, values.double())
+        for values in (logps_N, ref_logps_N.detach(), rewards_N.detach())
+    )
+    return Members(logps_N, ref_logps_N, rewards_N, groups)
 
 
 def token_members(
@@ -129,12 +132,12 @@ def token_members(
                 f"{name} is {tuple(values.shape)} on {values.device} and logps_NT {tuple(logps_NT.shape)} on "
                 f"{logps_NT.device}: give all of one shape and device"
             )
+    # Any column of the right length: what is checked here is rewards and ids, and who stands alone.
+    sums = members(logps_NT.detach().sum(1), ref_logps_NT.detach().sum(1), rewards_N, group_ids_N, denominator)
     # Not times the mask: padding may hold anything, infinity too.
-    logps, old, ref = (torch.where(mask_NT, values, 0.0) for values in matrices.values())
-    sums = members(logps.sum(1), ref.sum(1), rewards_N, group_ids_N, denominator)
-    return TokenMembers(
-        logps.double(), old.detach().double(), ref.detach().double(), mask_NT, sums.rewards_N, sums.groups
-    )
+    seen_NT = mask_NT & (sums.groups.sizes_N >= 2)[:, None]
+    logps, old, ref = (torch.where(seen_NT, values.double(), 0.0) for values in matrices.values())
+    return TokenMembers(logps, old.detach(), ref.detach(), mask_NT, sums.rewards_N, sums.groups)
 
 
 def check_real(name: str, value: float, *, above: float | None = None, least: float | None = None) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def clipped_surrogate(log_ratios: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
     """min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A), elementwise (PPO, arXiv 1707.06347, equation 7)."""
-    ratios = log_ratios.exp()
+    # Where a large ratio is clipped it is cut before exp overflows: its gradient would be 0 * inf.
+    ratios = torch.where(advantages < 0, log_ratios, log_ratios.clamp(max=math.log1p(epsilon) + 1)).exp()
     return torch.minimum(ratios * advantages, ratios.clamp(1 - epsilon, 1 + epsilon) * advantages)
 
 

@@ -2,7 +2,8 @@
 
     loss = mean over pairs of  [(l_i - r_i) - (l_j - r_j) - (R_i - R_j)/beta]^2, averaged over groups with k >= 2
 
-The paper draws two completions a prompt. Over all pairs of k members it is 4/beta^2 times `gvpo_loss`, for every k.
+The paper draws two completions a prompt, and has beta^2 times this. Over all pairs of k members it is 4/beta^2 times
+`gvpo_loss`, for every k.
 Source: arXiv 2404.16767, algorithm 1, with eta written 1/beta.
 """
 

@@ -206,10 +206,14 @@ class GVPOTrainer:
             members = [completion for group in batch.groups for completion in group.completions]
             how = (batch.groups, config.token_budget, config.share_prefix, self.processes)
             with self.stopwatch("reference"), self._autocast():
-                if not self.own_reference:
-                    keep_reference(members, self.reference.logprobs(*how, per_token=per_token))
+                if self.own_reference:
+                    continue
+                logps = self.reference.logprobs(*how, per_token=per_token)
+                keep_reference(members, logps)
                 if per_token and not self.own_rollout:
-                    keep_rollout(members, Reference("rollout", self.scorer).logprobs(*how, per_token=True))
+                    if self.reference.kind != "rollout":
+                        logps = Reference("rollout", self.scorer).logprobs(*how, per_token=True)
+                    keep_rollout(members, logps)
 
     def _update(self) -> dict[str, Any]:
         """groups -> score -> weights -> backward -> optimizer. Returns the update's metrics."""

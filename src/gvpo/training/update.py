@@ -243,10 +243,21 @@ def _token_logprobs(groups: Sequence[Group], name: str, mask_NT: Tensor) -> Tens
     for number, group in enumerate(groups):
         for place, member in enumerate(group.completions):
             values = getattr(member, name)
-            if values is None and member.reward is not None:
-                raise UserError(f"group {number}, member {place}: a reward without {name}; this objective needs them")
+            with located(f"group {number}, member {place}"):
+                _check_token_logprobs(member, name, values)
             rows.append((values or []) + [0.0] * (mask_NT.shape[1] - len(values or [])))
     return torch.tensor(rows, dtype=torch.float64, device=mask_NT.device).view(mask_NT.shape)
+
+
+def _check_token_logprobs(member: Completion, name: str, values: list[float] | None) -> None:
+    if values is None:
+        if member.reward is not None:
+            raise UserError(f"a reward without {name}; this objective needs them")
+        return
+    if len(values) != len(member.token_ids or []):
+        raise UserError(f"{len(values)} {name} for {len(member.token_ids or [])} token_ids; give each token one")
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"its {name} are not all finite; give finite numbers or None")
 
 
 def find_objective(name: str) -> Objective:
