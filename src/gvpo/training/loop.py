@@ -199,15 +199,14 @@ class GVPOTrainer:
 
         Update by update, in the batches that the update will use: equal weights then give log-ratios of exactly zero.
         """
-        config = self.config
-        per_token = self.objective.per_token
+        if self.own_reference:
+            return
+        config, per_token = self.config, self.objective.per_token
         for update in range(config.updates_per_rollout):
             batch = self._batch(update)
             members = [completion for group in batch.groups for completion in group.completions]
             how = (batch.groups, config.token_budget, config.share_prefix, self.processes)
             with self.stopwatch("reference"), self._autocast():
-                if self.own_reference:
-                    continue
                 logps = self.reference.logprobs(*how, per_token=per_token)
                 keep_reference(members, logps)
                 if per_token and not self.own_rollout:
