@@ -1,4 +1,4 @@
-"""SmolLM2-135M on tasks that reasoning-gym makes and scores: what a run reached on held-out prompts, greedily.
+"""SmolLM2-135M on tasks that reasoning-gym makes and scores: what a run reached on held-out prompts.
 
 The assistant's turn is begun for it ("3 + 4 =", "Lily is James's"), so that the untrained model answers some of the
 prompts; what it has to learn is to say no more than the answer, and to get it right. bfloat16 autocast over float32
@@ -7,6 +7,7 @@ weights, which halves the time on a processor that has it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,11 +16,12 @@ from statistics import fmean
 from typing import Any
 
 import reasoning_gym
+import torch
 from cells import Run
 
-from gvpo import GVPOConfig, GVPOTrainer
+from gvpo import GVPOConfig, GVPOTrainer, SamplingParams, encode_prompt, load_model
 
-TRAIN, HELD_OUT, LONGEST = 500, 100, 8
+TRAIN, HELD_OUT, LONGEST, SAMPLES = 500, 100, 8, 4
 SYSTEM = {"role": "system", "content": "You answer briefly."}
 
 
@@ -54,7 +56,7 @@ TASKS = {
 
 
 def run(run: Run) -> dict[str, float]:
-    """Train, and answer the held-out prompts."""
+    """Train, and answer the held-out prompts: drawn, which is what training raises, and greedily."""
     cell = run.cell
     config = GVPOConfig(
         objective=cell.objective,
@@ -71,15 +73,36 @@ def run(run: Run) -> dict[str, float]:
         disable_tqdm=True,
     )
     train, held_out = rows(cell.task)
-    trainer = GVPOTrainer("smollm2-135m", train, exact, config=config, eval_dataset=held_out)
+    model, tokenizer = start()
+    trainer = GVPOTrainer(copy.deepcopy(model), train, exact, config=config, tokenizer=tokenizer, eval_dataset=held_out)
     trainer.train()
-    updates = trainer.history
     return {
-        "after": trainer.history[-1]["eval/reward"],
-        "during": fmean(row["reward"] for row in updates),
-        "late": fmean(row["reward"] for row in updates[-8:]),
-        "largest_log_ratio": max(row["log_ratio/max"] for row in updates),
+        "after": sampled(trainer, held_out),
+        "greedy": trainer.history[-1]["eval/reward"],
+        "during": fmean(row["reward"] for row in trainer.history),
+        "largest_log_ratio": max(row["log_ratio/max"] for row in trainer.history),
     }
+
+
+@cache
+def start() -> tuple[Any, Any]:
+    """The untrained model and its tokenizer."""
+    return load_model("smollm2-135m")
+
+
+@torch.no_grad()
+def sampled(trainer: GVPOTrainer, held_out: list[dict[str, Any]]) -> float:
+    """Mean reward of four answers to each held-out prompt, at temperature 1."""
+    prompts = [encode_prompt(row["prompt"], trainer.tokenizer) for row in held_out]
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = trainer.sampler.sample(prompts, SAMPLES, SamplingParams(LONGEST), seeds=range(len(prompts)))
+    texts = [
+        [[{"role": "assistant", "content": trainer.tokenizer.decode(one.token_ids, skip_special_tokens=True)}]]
+        for answers in drawn
+        for one in answers
+    ]
+    columns = [row for row in held_out for _ in range(SAMPLES)]
+    return fmean(exact(text, [row["entry"]], [row["task"]])[0] for text, row in zip(texts, columns, strict=True))
 
 
 def exact(
