@@ -46,6 +46,14 @@ def test_rloo_on_its_own_samples_is_gvpo(sizes: list[int]) -> None:
     assert close(batch.gradient("rloo"), batch.gradient("gvpo") / batch.beta)
 
 
+@pytest.mark.parametrize("k", [2, 5])
+def test_dr_grpo_on_its_own_samples_is_gvpo(k: int) -> None:
+    """On-policy with the policy as its reference: no ratio, no log-ratio, a KL term at its minimum."""
+    batch = stale_batch(23, [k, k, k])
+    batch = replace(batch, old=batch.logps, refs=batch.logps)
+    assert close(batch.gradient("dr_grpo"), batch.gradient("gvpo") * (k - 1) / (batch.beta * k * LONGEST))
+
+
 @pytest.mark.parametrize("sizes", [[2, 2], [5], [2, 1, 5, 3]])
 def test_rebel_over_all_pairs_is_gvpo(sizes: list[int]) -> None:
     batch = stale_batch(21, sizes)
