@@ -56,7 +56,7 @@ class Protocol:
     seeds: tuple[int, ...]
 
 
-_ENUMERABLE = Protocol((3e-4, 1e-3, 3e-3), (100,), tuple(range(5)))
+_ENUMERABLE = Protocol((3e-4, 1e-3, 3e-3), (100, 101, 102), tuple(range(5)))
 _LANGUAGE = Protocol((1e-5, 3e-5, 1e-4), (100,), tuple(range(5)))
 PROTOCOLS = {"graded": _ENUMERABLE, "rare": _ENUMERABLE, "family": _LANGUAGE, "sums": _LANGUAGE}
 """By task. Tuning seeds are not among those that are reported."""
