@@ -115,29 +115,42 @@ def half_width(values: list[float]) -> float:
     return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
 
 
+COLOURS = {
+    "gvpo": "#0072B2",
+    "dr_grpo": "#D55E00",
+    "grpo": "#E69F00",
+    "rloo": "#009E73",
+    "reinforce": "#5F6670",
+    "dpo": "#CC79A7",
+}
+
+
 def draw_staleness(folder: Path) -> None:
     """Reward at the end against updates per rollout, per objective, with intervals."""
-    import matplotlib.pyplot as plt
+    from gvpo.lab.style import panels, save, styled
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    shown = (("family", "language"), ("rare", "staleness"), ("graded", "staleness"))
-    for axis, (task, experiment) in zip(axes, shown, strict=True):
-        cells = cells_of(experiment, task)
-        for objective in dict.fromkeys(cell.objective for cell in cells):
-            points = [(c.updates_per_rollout, of_seeds(c, "after")) for c in cells if c.objective == objective]
-            points = [(x, values) for x, values in points if values is not None]
-            if points:
-                x, values = zip(*points, strict=True)
+    shown = {
+        "family": ("SmolLM2-135M, family relations", "language"),
+        "rare": ("400 answers, rare reward", "staleness"),
+    }
+    with styled():
+        figure, axes = panels("The staler the completions, the more the objective matters", len(shown))
+        for axis, (task, (title, experiment)) in zip(axes, shown.items(), strict=True):
+            cells = cells_of(experiment, task)
+            for number, (objective, colour) in enumerate(COLOURS.items()):
+                places = [cell for cell in cells if cell.objective == objective and of_seeds(cell, "after")]
+                values = [of_seeds(cell, "after") or [] for cell in places]
+                # Side by side, so that no interval hides another.
+                x = [cell.updates_per_rollout * 1.05 ** (number - 2.5) for cell in places]
                 means, widths = [fmean(v) for v in values], [half_width(v) for v in values]
-                axis.errorbar(x, means, widths, marker="o", capsize=3, label=objective)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-        axis.set(title=task, xlabel="updates per rollout", ylabel="reward at the end")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    for extension in ("png", "svg"):
-        figure.savefig(folder / f"staleness.{extension}", dpi=150)
+                axis.errorbar(x, means, widths, marker="o", capsize=3, color=colour, label=objective)
+            axis.set_xscale("log", base=2)
+            stale = sorted({cell.updates_per_rollout for cell in cells})
+            axis.set_xticks(stale, [str(number) for number in stale])
+            axis.set(title=title, xlabel="updates per rollout", ylabel="mean reward at the end")
+        axes[-1].legend(ncols=2, loc="lower left", fontsize=12)
+        folder.mkdir(parents=True, exist_ok=True)
+        save(figure, folder, "staleness")
 
 
 def _cell(cells: list[Cell], table: Table, name: tuple[Any, ...], column: Any) -> Cell:
