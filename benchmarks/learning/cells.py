@@ -46,6 +46,18 @@ class Run:
         """What names the run in the results, with the settings that make it repeatable."""
         return {**asdict(self.cell), "learning_rate": self.learning_rate, "seed": self.seed}
 
+    def settings(self) -> dict[str, Any]:
+        """What the run's GVPOConfig holds, whatever the task."""
+        cell = self.cell
+        same = ("objective", "beta", "reference", "updates_per_rollout", "groups_per_update")
+        return {name: getattr(cell, name) for name in same} | {
+            "num_generations": cell.members,
+            "max_steps": cell.updates,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+            "disable_tqdm": True,
+        }
+
 
 @dataclass(frozen=True)
 class Protocol:

@@ -41,20 +41,7 @@ def run(run: Run) -> dict[str, float]:
 
     model = make_model(run.seed)
     start_PA = exact_logprobs(model)
-    config = GVPOConfig(
-        objective=cell.objective,
-        beta=cell.beta,
-        reference=cell.reference,
-        learning_rate=run.learning_rate,
-        updates_per_rollout=cell.updates_per_rollout,
-        groups_per_update=cell.groups_per_update,
-        num_generations=cell.members,
-        max_steps=cell.updates,
-        max_completion_length=LONGEST,
-        token_budget=None,
-        seed=run.seed,
-        disable_tqdm=True,
-    )
+    config = GVPOConfig(**run.settings(), max_completion_length=LONGEST, token_budget=None)
     rows = [{"prompt_ids": prompt, "prompt_key": prompt} for prompt in PROMPTS]
     trainer = GVPOTrainer(model, rows, reward, config=config)
     trainer.train()

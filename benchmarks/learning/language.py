@@ -57,22 +57,8 @@ TASKS = {
 
 def run(run: Run) -> dict[str, float]:
     """Train, and answer the held-out prompts: drawn, which is what training raises, and greedily."""
-    cell = run.cell
-    config = GVPOConfig(
-        objective=cell.objective,
-        beta=cell.beta,
-        reference=cell.reference,
-        learning_rate=run.learning_rate,
-        updates_per_rollout=cell.updates_per_rollout,
-        groups_per_update=cell.groups_per_update,
-        num_generations=cell.members,
-        max_steps=cell.updates,
-        max_completion_length=LONGEST,
-        bf16=True,
-        seed=run.seed,
-        disable_tqdm=True,
-    )
-    train, held_out = rows(cell.task)
+    config = GVPOConfig(**run.settings(), max_completion_length=LONGEST, bf16=True)
+    train, held_out = rows(run.cell.task)
     model, tokenizer = start()
     trainer = GVPOTrainer(copy.deepcopy(model), train, exact, config=config, tokenizer=tokenizer, eval_dataset=held_out)
     trainer.train()
