@@ -111,6 +111,7 @@ class TestMistakes:
     def test_an_out_that_is_a_file(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (tmp_path / "file").write_text("mine")
         assert "is a file: name a folder" in self.refused(capsys, "--out", str(tmp_path / "file"))
+        assert "is empty: name a folder" in self.refused(capsys, "--out", "")
         assert "cannot be written" in self.refused(capsys, "--out", str(tmp_path / "file" / "below"))
         assert (tmp_path / "file").read_text() == "mine"
 

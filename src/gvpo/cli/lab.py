@@ -60,6 +60,8 @@ def prepare(out: str) -> Path:
         import matplotlib as _  # noqa: F401
     except ImportError as error:
         raise UserError("--out draws figures and needs matplotlib: pip install 'gvpo[lab]'") from error
+    if not out:
+        raise UserError("--out is empty: name a folder")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
