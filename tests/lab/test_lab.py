@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,9 +95,7 @@ def test_numbers_are_the_same_each_time(whole_lab: Run, tmp_path: Path) -> None:
 
 class TestMistakes:
     def refused(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-        start = time.perf_counter()
         assert main(["lab", *arguments]) == 2
-        assert time.perf_counter() - start < 5
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and err.startswith("gvpo lab: ")
         return err
