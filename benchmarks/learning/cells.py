@@ -74,7 +74,7 @@ PROTOCOLS = {"graded": _ENUMERABLE, "rare": _ENUMERABLE, "family": _LANGUAGE, "s
 """By task. Tuning seeds are not among those that are reported."""
 
 ZERO_BETA = {"grpo", "dr_grpo", "rloo", "reinforce"}
-"""Run without a KL term, as their papers and TRL's defaults have it."""
+"""Run without a KL term, as TRL's GRPO is by default."""
 
 COMPARED = ("gvpo", "dr_grpo", "grpo", "rloo", "reinforce", "dpo")
 

@@ -84,7 +84,8 @@ def entry(cell: Cell, other: Cell | None, measure: str) -> str:
     values = of_seeds(cell, measure)
     if values is None:
         return "open"
-    text = f"{interval(values)} ({chosen_rate(cell):g})"
+    rates, rate = PROTOCOLS[cell.task].learning_rates, chosen_rate(cell)
+    text = f"{interval(values)} ({rate:g}{'*' if rate in (rates[0], rates[-1]) else ''})"
     theirs = of_seeds(other, measure) if other is not None else None
     if theirs is None:
         return text

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gvpo.objective import OBJECTIVES
 from gvpo.report.model_card import hub_id, model_card
 from gvpo.training.config import GVPOConfig
 
@@ -90,6 +91,13 @@ def test_a_name_cannot_break_out_of_its_place() -> None:
     text = card(base_model="x`|\n# Title", dataset="a`b\n---\nlicense: mit")
     assert "`x'/ # Title`, trained with" in text
     assert "`a'b --- license: mit`" in text
+
+
+def test_another_objective_is_named_and_no_optimum_is_claimed() -> None:
+    for name in OBJECTIVES:
+        text = card(settings=GVPOConfig(objective=name).model_dump())
+        assert f"| `objective` | `{name}` |" in text
+        assert ("pi_ref * exp" in text) == ("Group Variance" in text) == ("arXiv" in text) == (name == "gvpo")
 
 
 def test_the_paper_is_cited() -> None:

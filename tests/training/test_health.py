@@ -55,6 +55,10 @@ class TestNoSignal:
         assert names(rows(10, **EQUAL)) == ["no_signal"]
         assert text(rows(10, **EQUAL)).endswith("0 on average: raise num_generations (now 3)")
 
+    def test_of_a_dataset_no_more_completions_can_be_drawn(self) -> None:
+        offline = rows(10, **EQUAL, source__policy=None)
+        assert text(offline).endswith("give train_dataset groups whose rewards differ")
+
     def test_small_updates_take_until_forty_groups(self) -> None:
         assert names(rows(39, **EQUAL), groups_per_update=1) == []
         assert names(rows(40, **EQUAL), groups_per_update=1) == ["no_signal"]

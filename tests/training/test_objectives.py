@@ -323,6 +323,25 @@ class TestTheSamplingPolicy:
         assert math.fsum(seen[0].ref_token_logprobs or []) == pytest.approx(seen[0].ref_logprob)
         assert seen[-1].old_token_logprobs != seen[-1].ref_token_logprobs
 
+    @pytest.mark.parametrize("updates_per_rollout", [1, 2])
+    def test_log_probs_that_members_bring_are_what_ratios_are_taken_against(self, updates_per_rollout: int) -> None:
+        def loss(brought: float | None) -> float:
+            groups = offline_groups(2)
+            for one in (one for group in groups for one in group.completions):
+                one.old_token_logprobs = None if brought is None else [brought] * len(one.token_ids or [])
+            options = {"updates_per_rollout": updates_per_rollout, "max_steps": 1, "beta": 0.0, "epsilon": 0.99}
+            config = settings(objective="rloo", reference="initial", **options)
+            trainer = GVPOTrainer(tiny_model(), groups, config=config)
+            trainer.train()
+            assert {tuple(one.old_token_logprobs or []) for group in groups for one in group.completions} <= {
+                (brought,) * n for n in range(9)
+            } | {()}
+            return trainer.history[0]["loss"]
+
+        # Of its own samples the ratios are 1, and the advantages of a group sum to zero.
+        assert loss(None) == pytest.approx(0, abs=1e-6)
+        assert abs(loss(-9.0)) > 1e-3
+
 
 @pytest.mark.parametrize("reference", ["initial", "rollout"])
 def test_a_run_on_tokens_resumes_within_a_rollout(tmp_path: Path, reference: str) -> None:

@@ -37,6 +37,7 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
         ("train_dataset", _count(plan.rows)),
         ("eval_dataset", _count(plan.eval_rows)),
         ("model", _found(run.model)),
+        ("objective", run.objective),
         ("reference", str(plan.reference)),
         ("device", str(device())),
         ("updates", str(plan.updates)),

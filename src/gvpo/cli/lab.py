@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,15 +39,19 @@ def lab(
 
     check_families(only or [])
     folder = None if out is None else prepare(out)
-    start, claims = time.perf_counter(), []
+    start, claims, figures = time.perf_counter(), [], []
     for section in run_families(only or list(FAMILIES)):
         _show(section.claims)
         claims += section.claims
         if folder is not None:
-            _draw(section, folder)
+            with _writing(folder):
+                figures += _draw(section, folder)
     if folder is not None:
-        _write(claims, folder)
-        print(f"lab.json, lab.md (the same as a table) and the figures are in {folder}")
+        with _writing(folder):
+            _write(claims, folder)
+        print(f"lab.json and lab.md (the same as a table) are in {folder}")
+        if figures:
+            print(f"figures there, PNG and SVG: {', '.join(figures)}")
     held = sum(claim.holds for claim in claims)
     print(f"{held} of {len(claims)} claims hold ({time.perf_counter() - start:.0f} s)")
     return 0 if held == len(claims) else 1
@@ -74,10 +80,18 @@ def prepare(out: str) -> Path:
     return folder
 
 
-def _draw(section: Section, folder: Path) -> None:
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.filename or 'a file'} cannot be written ({error.strerror})") from error
+
+
+def _draw(section: Section, folder: Path) -> list[str]:
     from gvpo.lab.figures import draw
 
-    draw(section, folder)
+    return draw(section, folder)
 
 
 def _write(claims: list[Claim], folder: Path) -> None:

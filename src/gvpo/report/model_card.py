@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 SETTINGS = (
+    "objective",
     "beta",
+    "epsilon",
     "reference",
     "num_generations",
     "groups_per_update",
@@ -47,17 +49,27 @@ def model_card(
     return "\n\n".join(
         [
             f"---\n{_front_matter(base_model, dataset)}---",
-            "# Model trained with Group Variance Policy Optimization",
-            _summary(base_model, history, dataset),
+            f"# Model trained with {_method(settings)}",
+            _summary(base_model, history, dataset, settings),
             "## Training",
             _table(["setting", "value"], [(f"`{name}`", _setting(settings[name])) for name in SETTINGS]),
             *_results(history),
             "## Use",
             _USE,
-            "## Citation",
-            f"The method: [arXiv 2504.19599](https://arxiv.org/abs/2504.19599).\n\n{_CITATION}\n",
+            *_cited(settings),
         ]
     )
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    is_gvpo = settings["objective"] == "gvpo"
+    return "Group Variance Policy Optimization" if is_gvpo else f"the objective {_code(settings['objective'])}"
+
+
+def _cited(settings: Mapping[str, Any]) -> list[str]:
+    if settings["objective"] != "gvpo":
+        return []
+    return ["## Citation", f"The method: [arXiv 2504.19599](https://arxiv.org/abs/2504.19599).\n\n{_CITATION}\n"]
 
 
 def hub_id(name: str | None) -> str | None:
@@ -82,14 +94,18 @@ def _front_matter(base_model: str, dataset: str | None) -> str:
     return yaml.safe_dump(fields, sort_keys=False)
 
 
-def _summary(base_model: str, history: Sequence[dict[str, Any]], dataset: str | None) -> str:
+def _summary(
+    base_model: str, history: Sequence[dict[str, Any]], dataset: str | None, settings: Mapping[str, Any]
+) -> str:
     model = _code(base_model) if base_model else "A causal language model"
     data = f" on {_code(dataset)}" if dataset else ""
     updates = f" in {max(row.get('update', 0) for row in history)} updates" if history else ""
+    trained = f"{model}, trained with gvpo {importlib.metadata.version('gvpo')}{data}{updates}"
+    if settings["objective"] != "gvpo":
+        return f"{trained}, with another objective than GVPO: {_code(settings['objective'])}."
     return (
-        f"{model}, trained with gvpo {importlib.metadata.version('gvpo')}{data}{updates}. "
-        "The policy's implicit rewards `beta * log(pi / pi_ref)`, centred over each group of completions, are fitted "
-        "to the real rewards, centred likewise; the optimum is `pi_ref * exp(reward / beta)`, normalised."
+        f"{trained}. The policy's implicit rewards `beta * log(pi / pi_ref)`, centred over each group of completions, "
+        "are fitted to the real rewards, centred likewise; the optimum is `pi_ref * exp(reward / beta)`, normalised."
     )
 
 

@@ -63,10 +63,10 @@ class GVPOConfig(BaseModel):
     beta: float = Field(
         0.1,
         ge=0,
-        description="Weight of the KL term: the optimum is pi_ref * exp(R / beta). 0 for reinforce, rloo, grpo and "
+        description="Weight of the KL term; GVPO's optimum is pi_ref * exp(R / beta). 0 for reinforce, rloo, grpo and "
         "dr_grpo only, where the term is an extra.",
     )
-    epsilon: float = Field(0.2, gt=0, description="Clipping range of probability ratios: rloo, grpo, dr_grpo.")
+    epsilon: float = Field(0.2, gt=0, lt=1, description="Clipping range of probability ratios: rloo, grpo, dr_grpo.")
     reference: str | PositiveInt | None = Field(
         None,
         description="Policy the KL is taken against: 'rollout' (the policy that drew the groups), 'initial', an "

@@ -100,7 +100,9 @@ def _no_signal(rows: Rows, config: GVPOConfig) -> Symptom | None:
     reward = fmean(window["reward"])
     seen = f"all rewards were equal in every group of the last {updates} updates, {reward:.3g} on average"
     if not any(row.get("frac_reward_zero_std", 1) < 1 for row in rows):
-        return Symptom("no_signal", f"{seen}: raise num_generations (now {config.num_generations})")
+        if any("source/policy" in row for row in rows[-updates:]):
+            return Symptom("no_signal", f"{seen}: raise num_generations (now {config.num_generations})")
+        return Symptom("no_signal", f"{seen}: give train_dataset groups whose rewards differ")
     best, span = max(_values(rows, "reward_max"), default=reward), _reward_range(rows)
     if best - reward <= SOLVED * span:
         return None

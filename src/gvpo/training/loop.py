@@ -104,8 +104,9 @@ class GVPOTrainer:
         self.objective = find_objective(config.objective)
         # With one update per rollout the policy is still the one that drew the groups, and its own reference: the
         # log-ratio is zero, nothing needs scoring.
-        self.own_rollout = config.updates_per_rollout * config.epochs_per_rollout == 1
-        self.own_reference = self.own_rollout and plan.reference == "rollout"
+        fresh = config.updates_per_rollout * config.epochs_per_rollout == 1
+        self.own_reference = fresh and plan.reference == "rollout"
+        self.own_rollout = fresh and not any(one.old_token_logprobs for row in plan.rows for one in row.completions)
         self.order = PromptOrder(plan.rows, config.seed, shuffle=config.shuffle_dataset)
         self.sampler = TorchSampler(self.model, end_token_ids(self.model, self.tokenizer))
         params = SamplingParams(config.max_completion_length, config.temperature, config.top_p, config.top_k)
@@ -199,9 +200,9 @@ class GVPOTrainer:
 
         Update by update, in the batches that the update will use: equal weights then give log-ratios of exactly zero.
         """
-        if self.own_reference:
-            return
         config, per_token = self.config, self.objective.per_token
+        if self.own_reference and (self.own_rollout or not per_token):
+            return
         for update in range(config.updates_per_rollout):
             batch = self._batch(update)
             members = [completion for group in batch.groups for completion in group.completions]

@@ -94,9 +94,10 @@ def keep_reference(members: Sequence[Completion], logps: Tensor) -> None:
 
 
 def keep_rollout(members: Sequence[Completion], logps_NT: Tensor) -> None:
-    """Write log-probs under the policy that drew these N members into them."""
+    """Write log-probs under the policy that drew these N members into them; those that bring their own keep them."""
     for member, tokens in zip(members, logps_NT.tolist(), strict=True):
-        member.old_token_logprobs = tokens[: len(member.token_ids or [])]
+        if member.old_token_logprobs is None:
+            member.old_token_logprobs = tokens[: len(member.token_ids or [])]
 
 
 @contextmanager
