@@ -34,6 +34,7 @@ class Table:
 
 TABLES = [
     Table("language", "family", ("objective",), "updates_per_rollout"),
+    Table("language", "family", ("objective",), "updates_per_rollout", "greedy"),
     Table("language", "family", ("objective",), "updates_per_rollout", "during"),
     Table("language", "sums", ("objective",), "updates_per_rollout"),
     Table("language", "sums", ("objective",), "updates_per_rollout", "during"),
@@ -135,7 +136,7 @@ def draw_staleness(folder: Path) -> None:
         "rare": ("400 answers, rare reward", "staleness"),
     }
     with styled():
-        figure, axes = panels("The staler the completions, the more the objective matters", len(shown))
+        figure, axes = panels("Where completions are stale, the objective begins to matter", len(shown))
         for axis, (task, (title, experiment)) in zip(axes, shown.items(), strict=True):
             cells = cells_of(experiment, task)
             for number, (objective, colour) in enumerate(COLOURS.items()):
