@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
@@ -73,8 +73,8 @@ _LANGUAGE = Protocol((1e-5, 3e-5, 1e-4), (100,), tuple(range(5)))
 PROTOCOLS = {"graded": _ENUMERABLE, "rare": _ENUMERABLE, "family": _LANGUAGE, "sums": _LANGUAGE}
 """By task. Tuning seeds are not among those that are reported."""
 
-ZERO_BETA = {"grpo", "dr_grpo", "rloo", "reinforce"}
-"""Run without a KL term, as TRL's GRPO is by default."""
+BETA = {"grpo": 0.0, "dr_grpo": 0.0, "rloo": 0.0, "reinforce": 0.0, "gvpo": 0.1, "dpo": 0.1}
+"""By objective, where beta is not what is compared: policy gradients without a KL term, as TRL's GRPO by default."""
 
 COMPARED = ("gvpo", "dr_grpo", "grpo", "rloo", "reinforce", "dpo")
 
@@ -82,7 +82,7 @@ COMPARED = ("gvpo", "dr_grpo", "grpo", "rloo", "reinforce", "dpo")
 def staleness(task: str) -> list[Cell]:
     """On-policy, and 4, 8, 16 updates from one rollout."""
     return [
-        Cell("staleness", task, objective, 0.0 if objective in ZERO_BETA else 0.1, updates_per_rollout)
+        Cell("staleness", task, objective, BETA[objective], updates_per_rollout)
         for updates_per_rollout, objective in product((1, 4, 8, 16), COMPARED)
     ]
 
@@ -98,7 +98,7 @@ def beta(task: str) -> list[Cell]:
 def members(task: str) -> list[Cell]:
     """k at equal total completions, on-policy and stale."""
     return [
-        Cell("members", task, objective, 0.0 if objective in ZERO_BETA else 0.1, updates_per_rollout, members=k)
+        Cell("members", task, objective, BETA[objective], updates_per_rollout, members=k)
         for objective, updates_per_rollout, k in product(("gvpo", "dr_grpo"), (1, 4), (2, 4, 8, 16, 32))
     ]
 
@@ -123,7 +123,7 @@ def anchored(task: str) -> list[Cell]:
 def language(task: str) -> list[Cell]:
     """The comparison that is owed on a real model: on-policy, and eight updates from one rollout."""
     return [
-        Cell("language", task, objective, 0.0 if objective in ZERO_BETA else 0.1, stale, completions=64, updates=16)
+        Cell("language", task, objective, BETA[objective], stale, completions=64, updates=16)
         for stale, objective in product((1, 8), ("gvpo", "dr_grpo", "grpo"))
     ]
 
@@ -138,6 +138,6 @@ EXPERIMENTS = {
 }
 
 
-def cells_of(experiment: str, task: str, **changes: Any) -> list[Cell]:
+def cells_of(experiment: str, task: str) -> list[Cell]:
     """The cells of an experiment on a task."""
-    return [replace(cell, **changes) for cell in EXPERIMENTS[experiment](task)]
+    return EXPERIMENTS[experiment](task)

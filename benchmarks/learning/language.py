@@ -82,13 +82,13 @@ def sampled(trainer: GVPOTrainer, held_out: list[dict[str, Any]]) -> float:
     prompts = [encode_prompt(row["prompt"], trainer.tokenizer) for row in held_out]
     with torch.autocast("cpu", torch.bfloat16):
         drawn = trainer.sampler.sample(prompts, SAMPLES, SamplingParams(LONGEST), seeds=range(len(prompts)))
-    texts = [
-        [[{"role": "assistant", "content": trainer.tokenizer.decode(one.token_ids, skip_special_tokens=True)}]]
+    completions = [
+        [{"role": "assistant", "content": trainer.tokenizer.decode(one.token_ids, skip_special_tokens=True)}]
         for answers in drawn
         for one in answers
     ]
-    columns = [row for row in held_out for _ in range(SAMPLES)]
-    return fmean(exact(text, [row["entry"]], [row["task"]])[0] for text, row in zip(texts, columns, strict=True))
+    asked = [row for row in held_out for _ in range(SAMPLES)]
+    return fmean(exact(completions, [row["entry"] for row in asked], [row["task"] for row in asked]))
 
 
 def exact(

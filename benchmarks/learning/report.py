@@ -85,7 +85,7 @@ def entry(cell: Cell, other: Cell | None, measure: str) -> str:
     values = of_seeds(cell, measure)
     if values is None:
         return "open"
-    rates, rate = PROTOCOLS[cell.task].learning_rates, chosen_rate(cell)
+    rates, rate = PROTOCOLS[cell.task].learning_rates, reported(cell)[0]["learning_rate"]
     text = f"{interval(values)} ({rate:g}{'*' if rate in (rates[0], rates[-1]) else ''})"
     theirs = of_seeds(other, measure) if other is not None else None
     if theirs is None:
@@ -95,16 +95,18 @@ def entry(cell: Cell, other: Cell | None, measure: str) -> str:
 
 def of_seeds(cell: Cell, measure: str) -> list[float] | None:
     """A measure of every reported seed at the learning rate that was tuned; None while some are missing."""
-    rate, rows = chosen_rate(cell), read_results(cell.task)
-    found = [find(cell.run(rate, seed), rows) for seed in PROTOCOLS[cell.task].seeds] if rate else [None]
-    return None if None in found else [row[measure] for row in found]
+    return [row[measure] for row in reported(cell)] or None
 
 
-def chosen_rate(cell: Cell) -> float | None:
-    """The tuned learning rate; None before all have been tried."""
+def reported(cell: Cell) -> list[dict[str, Any]]:
+    """The rows of the reported seeds at the learning rate that was tuned; empty while a run is missing."""
     protocol, rows = PROTOCOLS[cell.task], read_results(cell.task)
     tried = [find(cell.run(rate, seed), rows) for rate in protocol.learning_rates for seed in protocol.tuning_seeds]
-    return None if None in tried else best_rate(cell, protocol, rows)
+    if None in tried:
+        return []
+    rate = best_rate(cell, protocol, rows)
+    found = [find(cell.run(rate, seed), rows) for seed in protocol.seeds]
+    return [] if None in found else found
 
 
 def interval(values: list[float], *, sign: bool = False) -> str:
@@ -117,20 +119,18 @@ def half_width(values: list[float]) -> float:
     return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
 
 
-COLOURS = {
-    "gvpo": "#0072B2",
-    "dr_grpo": "#D55E00",
-    "grpo": "#E69F00",
-    "rloo": "#009E73",
-    "reinforce": "#5F6670",
-    "dpo": "#CC79A7",
-}
-
-
 def draw_staleness(folder: Path) -> None:
     """Reward at the end against updates per rollout, per objective, with intervals."""
-    from gvpo.lab.style import panels, save, styled
+    from gvpo.lab.style import BLUE, GREY, ORANGE, panels, save, styled
 
+    colours = {
+        "gvpo": BLUE,
+        "dr_grpo": ORANGE,
+        "grpo": "#E69F00",
+        "rloo": "#009E73",
+        "reinforce": GREY,
+        "dpo": "#CC79A7",
+    }
     shown = {
         "family": ("SmolLM2-135M, family relations", "language"),
         "rare": ("400 answers, rare reward", "staleness"),
@@ -139,7 +139,7 @@ def draw_staleness(folder: Path) -> None:
         figure, axes = panels("Where completions are stale, the objective begins to matter", len(shown))
         for axis, (task, (title, experiment)) in zip(axes, shown.items(), strict=True):
             cells = cells_of(experiment, task)
-            for number, (objective, colour) in enumerate(COLOURS.items()):
+            for number, (objective, colour) in enumerate(colours.items()):
                 places = [cell for cell in cells if cell.objective == objective and of_seeds(cell, "after")]
                 values = [of_seeds(cell, "after") or [] for cell in places]
                 # Side by side, so that no interval hides another.

@@ -71,12 +71,10 @@ def prepare(out: str) -> Path:
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from error
     return folder
 
 

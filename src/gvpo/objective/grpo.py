@@ -3,8 +3,8 @@
     loss = -(1/k) sum_i (1/|y_i|) sum_t [min(rho_it A_i, clip(rho_it, 1 - epsilon, 1 + epsilon) A_i) - beta KL_it],
     averaged over groups with k >= 2;   A_i = (R_i - Rbar) / (std R + 1e-4),   rho_it = pi / pi_old of token t
 
-KL_it = exp(-d) + d - 1 with d = log pi/pi_ref of the token. Needs the log-probs of the policy that sampled: completions
-from elsewhere have none, and are then taken for this policy's own.
+KL_it = exp(-d) + d - 1 with d = log pi/pi_ref of the token. Needs the log-probs of the policy that sampled: in
+training, completions from elsewhere that bring none are taken for the policy's own.
 Source: arXiv 2402.03300, equation 3; numbers as TRL's loss_type="grpo".
 """
 
@@ -51,6 +51,5 @@ def grpo_loss(
 def standardised(rewards_N: Tensor, groups: Groups) -> Tensor:
     """Centred rewards over (their group's standard deviation + 1e-4), Bessel-corrected."""
     centred_N = groups.centre(rewards_N)
-    squares_P = centred_N.new_zeros(groups.sizes_P.shape).index_add(0, groups.index_N, centred_N**2)
-    deviations_P = torch.sqrt(squares_P / (groups.sizes_P - 1).clamp(min=1))
+    deviations_P = torch.sqrt(groups.sums(centred_N**2) / (groups.sizes_P - 1).clamp(min=1))
     return centred_N / (deviations_P[groups.index_N] + 1e-4)

@@ -38,8 +38,11 @@ class Groups(NamedTuple):
             0, self.index_N, values_N.detach(), "amin"
         )
         values_N = values_N - shift_P[self.index_N]
-        sums_P = values_N.new_zeros(self.sizes_P.shape).index_add(0, self.index_N, values_N)
-        return values_N - (sums_P / self.sizes_P)[self.index_N]
+        return values_N - (self.sums(values_N) / self.sizes_P)[self.index_N]
+
+    def sums(self, values_N: Tensor) -> Tensor:
+        """The sum over each group, (P,)."""
+        return values_N.new_zeros(self.sizes_P.shape).index_add(0, self.index_N, values_N)
 
     def teaching(self) -> int:
         """How many groups have k >= 2."""
@@ -52,9 +55,12 @@ class Groups(NamedTuple):
 
     def mean(self, values_N: Tensor, denominator: float | None = None) -> Tensor:
         """The sum of the values of the groups with k >= 2, divided by their number or by `denominator`."""
-        denominator = self.teaching() if denominator is None else denominator
-        # Zero, not absent: with no group of k >= 2 the sum is 0 with its graph intact, and 1 stands in for 0.
-        return torch.where(self.sizes_N >= 2, values_N, 0.0).sum() / (denominator or 1)
+        # Zero, not absent: with no group of k >= 2 the sum is 0 with its graph intact.
+        return self.average(torch.where(self.sizes_N >= 2, values_N, 0.0).sum(), denominator)
+
+    def average(self, total: Tensor, denominator: float | None = None) -> Tensor:
+        """A total over the groups with k >= 2, divided by their number or by `denominator`; 1 stands in for 0."""
+        return total / ((self.teaching() if denominator is None else denominator) or 1)
 
 
 class Members(NamedTuple):

@@ -24,8 +24,7 @@ class Pairs(NamedTuple):
     def mean(self, values_Q: Tensor, groups: Groups, denominator: float | None) -> Tensor:
         """The mean over each group's pairs, averaged over the groups with k >= 2; one without a pair counts as 0."""
         pairs_P = self.group_Q.bincount(minlength=len(groups.sizes_P))
-        denominator = groups.teaching() if denominator is None else denominator
-        return (values_Q / pairs_P[self.group_Q]).sum() / (denominator or 1)
+        return groups.average((values_Q / pairs_P[self.group_Q]).sum(), denominator)
 
 
 def preference_pairs(rewards_N: Tensor, groups: Groups) -> Pairs:

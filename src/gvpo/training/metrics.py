@@ -55,7 +55,10 @@ def update_metrics(members: Sequence[Member], beta: float, dropped: int = 0) -> 
     row: dict[str, float] = {"members/dropped": float(dropped)}
     if not members:
         return row
-    row |= _reward_metrics(members) | _objective_metrics(members, beta) | _residual_metrics(members, beta)
+    groups = by_group(members)
+    row |= (
+        _reward_metrics(members, groups) | _objective_metrics(members, groups, beta) | _residual_metrics(groups, beta)
+    )
     lengths = [member.tokens for member in members]
     row["completions/mean_length"] = fmean(lengths)
     row["completions/max_length"] = max(lengths)
@@ -73,8 +76,8 @@ def by_group(members: Iterable[Member]) -> list[list[Member]]:
     return list(groups.values())
 
 
-def _reward_metrics(members: Sequence[Member]) -> dict[str, float]:
-    rewards = [[member.reward for member in group] for group in by_group(members)]
+def _reward_metrics(members: Sequence[Member], groups: Sequence[Sequence[Member]]) -> dict[str, float]:
+    rewards = [[member.reward for member in group] for group in groups]
     row = {
         "reward": fmean(value for group in rewards for value in group),
         "reward_min": min(value for group in rewards for value in group),
@@ -90,7 +93,7 @@ def _reward_metrics(members: Sequence[Member]) -> dict[str, float]:
     return row
 
 
-def _objective_metrics(members: Sequence[Member], beta: float) -> dict[str, float]:
+def _objective_metrics(members: Sequence[Member], groups: Sequence[Sequence[Member]], beta: float) -> dict[str, float]:
     logps, refs, rewards = (
         torch.tensor([getattr(member, name) for member in members], dtype=torch.float64)
         for name in ("logp", "ref_logp", "reward")
@@ -102,12 +105,11 @@ def _objective_metrics(members: Sequence[Member], beta: float) -> dict[str, floa
     ratios = [member.logp - member.ref_logp for member in members]
     row["log_ratio/mean"], row["log_ratio/std"] = fmean(ratios), pstdev(ratios)
     row["log_ratio/max"] = max(abs(ratio) for ratio in ratios)
-    explained = _explained(by_group(members), beta) if beta else None
+    explained = _explained(groups, beta) if beta else None
     return row if explained is None else row | {"r2": explained}
 
 
-def _residual_metrics(members: Sequence[Member], beta: float) -> dict[str, float]:
-    groups = by_group(members)
+def _residual_metrics(groups: Sequence[Sequence[Member]], beta: float) -> dict[str, float]:
     residuals = [[member.reward - beta * (member.logp - member.ref_logp) for member in group] for group in groups]
     return {
         "residual_var": fmean(variance(group) for group in residuals),
