@@ -275,7 +275,7 @@ def test_arguments_of_the_wrong_kind() -> None:
         GVPOTrainer(tiny_model(), prompts(), first_token, tokenizer="path")
     with pytest.raises(UserError, match="config is a dict; give a GVPOConfig"):
         GVPOTrainer(tiny_model(), prompts(), first_token, config={"max_steps": 1})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UserError, match="sources is a list; give an object with fill"):
+    with pytest.raises(UserError, match="sources: an empty list; leave it out"):
         GVPOTrainer(tiny_model(), prompts(), first_token, sources=[])  # pyright: ignore[reportArgumentType]
 
 

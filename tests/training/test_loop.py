@@ -113,12 +113,8 @@ def test_mixed_rows_are_drawn_for_or_taken_as_they_are(updates: list[Any]) -> No
 
 def test_a_source_of_ones_own_fills_the_groups(updates: list[Any]) -> None:
     class Teacher:
-        def fill(self, rows: Sequence[Any], seeds: Sequence[int]) -> list[Group]:
-            members = [[1, END], [2, END]]
-            return [
-                Group(None, [Completion(None, ids, source="teacher") for ids in members], prompt_ids=row.prompt_ids)
-                for row in rows
-            ]
+        def fill(self, rows: Sequence[Any], wanted: Any, seeds: Any) -> list[list[Completion]]:
+            return [[Completion(None, [first, END], source="teacher") for first in (1, 2)] for _ in rows]
 
     history = run(tiny_model(), prompts(), first_token, sources=Teacher(), max_steps=1).history
     assert [members for _, members in updates[0]] == [2, 2] and history[0]["source/teacher"] == 1
@@ -126,8 +122,8 @@ def test_a_source_of_ones_own_fills_the_groups(updates: list[Any]) -> None:
 
 def test_a_source_may_give_text(tmp_path: Path) -> None:
     class Writer:
-        def fill(self, rows: Sequence[Any], seeds: Sequence[int]) -> list[Group]:
-            return [Group(row.prompt, [Completion("ab", source="teacher"), Completion("c")]) for row in rows]
+        def fill(self, rows: Sequence[Any], wanted: Any, seeds: Any) -> list[list[Completion]]:
+            return [[Completion("ab", source="teacher"), Completion("c")] for _ in rows]
 
     options = {"tokenizer": letters_tokenizer(), "sources": Writer(), "max_steps": 1, "output_dir": str(tmp_path)}
     history = run(tiny_model(), [{"prompt": "abc"}], first_token, **options).history
@@ -139,13 +135,14 @@ def test_a_source_may_give_text(tmp_path: Path) -> None:
 def test_draws_depend_on_seed_and_place_alone() -> None:
     model, asked = tiny_model(), []
     trainer = GVPOTrainer(model, prompts(), first_token, config=settings(max_steps=4, seed=5))
-    fill = trainer.source.fill
+    (policy,) = trainer.sources.members
+    fill = policy.fill
 
-    def spy(rows: Sequence[Any], seeds: Sequence[int]) -> list[Group]:
+    def spy(rows: Sequence[Any], wanted: Sequence[int], seeds: Sequence[int]) -> list[list[Completion]]:
         asked.append(list(seeds))
-        return fill(rows, seeds)
+        return fill(rows, wanted, seeds)
 
-    trainer.source.fill = spy  # pyright: ignore[reportAttributeAccessIssue]
+    policy.fill = spy  # pyright: ignore[reportAttributeAccessIssue]
     trainer.train()
     assert asked == [[draw_seed(5, rollout, n) for n in range(4)] for rollout in range(2)]
     assert len({seed for seeds in asked for seed in seeds}) == 8

@@ -30,9 +30,10 @@ def test_members_carry_what_the_groups_say() -> None:
             None, [Completion(None, [4], reward=2.0, source="teacher", meta={"rewards": {"f": 2.0}})], prompt_ids=[2]
         ),
     ]
-    assert members_of(groups, [7, 9], [-1.0, -2.0, -3.0], [-1.5, -2.5, -3.5]) == [
-        Member(7, 1.0, -1.0, -1.5, 2, True, "policy", {}),
-        Member(7, 0.0, -2.0, -2.5, 1, False, "policy", {}),
+    logps, refs = [-1.0, -2.0, -3.0], [-1.5, -2.5, -3.5]
+    assert members_of(groups, [7, 9], logps, refs, update=5, drawn_at=3) == [
+        Member(7, 1.0, -1.0, -1.5, 2, True, "policy", {}, staleness=2),
+        Member(7, 0.0, -2.0, -2.5, 1, False, "policy", {}, staleness=2),
         Member(9, 2.0, -3.0, -3.5, 1, False, "teacher", {"f": 2.0}),
     ]
 

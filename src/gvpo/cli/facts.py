@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     import torch
 
     from gvpo.sources.dataset import Row
+    from gvpo.training.plan import RunPlan
 
 
 def check_has_data(run: RunConfig) -> None:
-    """Raise UserError where the config names no train_dataset."""
-    if run.train_dataset is None:
+    """Raise UserError where the config names no train_dataset, nor files of groups that need none."""
+    if run.train_dataset is None and not any(spec.type == "files" for spec in run.sources or []):
         raise UserError("no train_dataset; give --train_dataset FILE.jsonl, or set train_dataset in the config")
 
 
@@ -29,12 +30,14 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
     from gvpo.training.plan import plan_run
 
     check_has_data(run)
-    plan = plan_run(run, run.model, run.train_dataset, run.reward_funcs, run.eval_dataset)
+    plan = plan_run(run, run.model, run.train_dataset, run.reward_funcs, run.eval_dataset, run.sources)
     functions = ", ".join(function.name for function in plan.reward_functions)
     sizes = sorted({run.groups_per_update * (len(row.completions) or run.num_generations) for row in plan.rows})
+    per_update = " to ".join(str(size) for size in dict.fromkeys([sizes[0], sizes[-1]])) if sizes else "as in the files"
     return [
         ("reward functions", functions or "none: the rows bring their rewards"),
         ("train_dataset", _count(plan.rows)),
+        ("sources", _sources(plan)),
         ("eval_dataset", _count(plan.eval_rows)),
         ("model", _found(run.model)),
         ("objective", run.objective),
@@ -42,7 +45,7 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
         ("device", str(device())),
         ("updates", str(plan.updates)),
         ("prompts per rollout", str(run.groups_per_rollout)),
-        ("completions per update", " to ".join(str(size) for size in dict.fromkeys([sizes[0], sizes[-1]]))),
+        ("completions per update", per_update),
         ("run folder", _folder(run.output_dir)),
     ]
 
@@ -67,6 +70,14 @@ def _count(rows: Sequence[Row]) -> str:
     offline = sum(row.offline for row in rows)
     parts = [(len(rows) - offline, "prompts to draw completions for"), (offline, "groups with their own completions")]
     return ", ".join(f"{count} {what}" for count, what in parts if count) or "none"
+
+
+def _sources(plan: RunPlan) -> str:
+    described = [
+        f"files ({plan.files.held} groups)" if spec["type"] == "files" and plan.files else spec["type"]
+        for spec in plan.mixture.described()
+    ]
+    return ", ".join(described)
 
 
 def _found(model: str) -> str:

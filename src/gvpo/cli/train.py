@@ -45,7 +45,14 @@ def train(
         return
     from gvpo.training.loop import GVPOTrainer
 
-    trainer = GVPOTrainer(run.model, run.train_dataset, run.reward_funcs, config=run, eval_dataset=run.eval_dataset)
+    trainer = GVPOTrainer(
+        run.model,
+        run.train_dataset,
+        run.reward_funcs,
+        config=run,
+        eval_dataset=run.eval_dataset,
+        sources=run.sources,
+    )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if is_main:
         print(_where(run))

@@ -16,8 +16,9 @@ from gvpo.sources.policy import PolicySource
 
 def answer_greedily(rows: Sequence[Row], sampler: Sampler, tokenizer: Any | None, max_new_tokens: int) -> list[Group]:
     """One greedy completion for every prompt, as groups of one, in order."""
-    source = PolicySource(sampler, tokenizer, 1, SamplingParams(max_new_tokens, temperature=0.0))
-    return [completed(group, tokenizer) for group in source.fill(rows, [0] * len(rows))]
+    source = PolicySource(sampler, tokenizer, SamplingParams(max_new_tokens, temperature=0.0))
+    answers = source.fill(rows, [1] * len(rows), [0] * len(rows))
+    return [completed(row.group(members), tokenizer) for row, members in zip(rows, answers, strict=True)]
 
 
 def evaluation_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -64,7 +64,7 @@ def read_rows(data: Any, *, prompt_column: str = "prompt", name: str = "train_da
     else:
         kind = type(data).__name__
         raise UserError(f"{name}: expected a dataset, a list of rows or of Groups, or a path, got {kind}")
-    rows = [_row(row, where, prompt_column) for where, row in source]
+    rows = [read_row(row, where, prompt_column) for where, row in source]
     if not rows:
         raise UserError(f"{name}: no rows; give at least one prompt")
     return rows
@@ -91,7 +91,8 @@ def _hub_rows(path: str) -> Iterator[tuple[str, Any]]:
     return ((f"{path}, row {number}", row) for number, row in enumerate(dataset, start=1))
 
 
-def _row(row: Any, where: str, prompt_column: str) -> Row:
+def read_row(row: Any, where: str, prompt_column: str = "prompt") -> Row:
+    """One row of a dataset, a Group or a mapping, checked; where: how messages name it. Raises UserError."""
     with located(where):
         if isinstance(row, Group):
             return _group_row(row, where)

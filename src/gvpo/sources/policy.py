@@ -1,28 +1,17 @@
-"""What draws completions: the `Source` protocol, and the policy itself."""
+"""The policy itself as a source of completions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from gvpo.groups import Completion, Group
-from gvpo.models.encoding import encode_prompt
-from gvpo.sampling.sampler import Sampler, SamplingParams
+from gvpo.groups import Completion
+from gvpo.sampling.sampler import Sample, Sampler, SamplingParams
 from gvpo.sources.dataset import Row
-
-
-class Source(Protocol):
-    """Anything that makes groups for prompts."""
-
-    def fill(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Group]:
-        """One group per row, in order. seeds: one per row, all that a draw may depend on.
-
-        Rewards that the members bring are kept; the reward functions score the groups that bring none.
-        """
-        ...
+from gvpo.sources.source import prompt_ids
 
 
 @dataclass
@@ -31,32 +20,33 @@ class PolicySource:
 
     sampler: Sampler
     tokenizer: Any | None
-    num_generations: int
     params: SamplingParams
 
-    def fill(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Group]:
-        """One group of num_generations draws per row, in order, as token ids."""
-        if not rows:
-            return []
+    def fill(self, rows: Sequence[Row], wanted: Sequence[int], seeds: Sequence[int]) -> list[list[Completion]]:
+        """wanted[i] draws for row i, as token ids."""
         prompts = [prompt_ids(row, self.tokenizer) for row in rows]
-        drawn = self.sampler.sample(prompts, self.num_generations, self.params, seeds=seeds)
+        drawn = draw(self.sampler, prompts, wanted, self.params, seeds)
         return [
-            Group(
-                row.prompt,
-                [Completion(None, one.token_ids, source="policy", truncated=one.truncated) for one in samples],
-                prompt_ids=ids,
-                columns=dict(row.columns),
-            )
-            for row, ids, samples in zip(rows, prompts, drawn, strict=True)
+            [Completion(None, one.token_ids, source="policy", truncated=one.truncated) for one in samples]
+            for samples in drawn
         ]
 
 
-def prompt_ids(row: Row, tokenizer: Any | None) -> list[int]:
-    """The row's prompt as the model reads it: its own ids, or its text encoded."""
-    if row.prompt_ids is not None:
-        return list(row.prompt_ids)
-    assert row.prompt is not None and tokenizer is not None
-    return encode_prompt(row.prompt, tokenizer)
+def draw(
+    sampler: Sampler,
+    prompts: Sequence[list[int]],
+    wanted: Sequence[int],
+    params: SamplingParams,
+    seeds: Sequence[int],
+) -> list[list[Sample]]:
+    """wanted[i] samples of prompt i; prompts that want as many as each other are drawn together."""
+    drawn: list[list[Sample]] = [[] for _ in prompts]
+    for count in sorted({count for count in wanted if count > 0}):
+        places = [place for place, one in enumerate(wanted) if one == count]
+        asked, theirs = [prompts[place] for place in places], [seeds[place] for place in places]
+        for place, samples in zip(places, sampler.sample(asked, count, params, seeds=theirs), strict=True):
+            drawn[place] = samples
+    return drawn
 
 
 def draw_seed(seed: int, *place: int) -> int:

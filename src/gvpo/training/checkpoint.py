@@ -31,7 +31,7 @@ from gvpo.training.run_folder import checkpoints, new_folder
 
 FORMAT = 1
 
-_COUNTERS = ("update", "rollout", "position", "batch")
+_COUNTERS = ("update", "rollout", "position", "batch", "generated_tokens")
 _KEYS = {"sha256", "run", *_COUNTERS, "groups", "reward_metrics", "scheduler", "random", "numpy"}
 
 
@@ -39,7 +39,7 @@ _KEYS = {"sha256", "run", *_COUNTERS, "groups", "reward_metrics", "scheduler", "
 class Progress:
     """Where a run is. update, rollout: how many are done or begun; position: rows drawn so far; batch: updates already
     made from `groups`, the current rollout's groups, all processes' in order; reward_metrics: what its reward functions
-    logged."""
+    logged; generated_tokens: drawn so far."""
 
     update: int = 0
     rollout: int = 0
@@ -47,6 +47,7 @@ class Progress:
     batch: int = 0
     groups: list[Group] = field(default_factory=list)
     reward_metrics: dict[str, float] = field(default_factory=dict)
+    generated_tokens: int = 0
 
 
 @dataclass

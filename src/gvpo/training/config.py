@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from gvpo.errors import UserError
+from gvpo.sources.specs import Spec, read_sources
 
 Objectives = Literal[
     "gvpo",
@@ -134,6 +135,11 @@ class GVPOConfig(BaseModel):
     eval_steps: PositiveInt | None = Field(None, description="Updates between evaluations. Default: at the end only.")
     eval_on_start: bool = Field(False, description="Evaluate before the first update too.")
     save_steps: PositiveInt | None = Field(None, description="Updates between two checkpoints. Default: none.")
+    publish_steps: PositiveInt | None = Field(
+        None,
+        description="Updates between two copies of the model in output_dir/policy/, for samplers that follow the run. "
+        "Default: none.",
+    )
     save_total_limit: PositiveInt | None = Field(None, description="Checkpoints to keep, the newest. Default: all.")
 
     def __init__(self, /, **values: Any) -> None:
@@ -199,6 +205,17 @@ class RunConfig(GVPOConfig):
     eval_dataset: str | None = Field(None, description="Held-out prompts, answered greedily.")
     reward_funcs: str | list[str] | None = Field(None, description="module:function, or a ready-made reward's name.")
     output_dir: str | None = Field("runs/train", description="Run folder.")
+    sources: list[Spec] | None = Field(
+        None, description="Where completions come from, a list of mappings with a type each. Default: the policy."
+    )
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _read_sources(cls, value: Any) -> Any:
+        try:
+            return None if value is None else read_sources(value)
+        except UserError as error:
+            raise ConfigError("sources", str(error)) from error
 
 
 def load_config(path: str | Path) -> dict[str, Any]:

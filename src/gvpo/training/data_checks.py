@@ -11,7 +11,9 @@ from gvpo.groups import Completion
 from gvpo.models.encoding import encode_groups, render_chat
 from gvpo.rewards.resolve import RewardFunction
 from gvpo.sources.dataset import Row
-from gvpo.sources.policy import prompt_ids
+from gvpo.sources.demonstration import demonstrations
+from gvpo.sources.source import prompt_ids
+from gvpo.sources.specs import DemonstrationSpec
 from gvpo.training.config import GVPOConfig
 
 
@@ -33,15 +35,35 @@ def check_rewards(
             raise UserError(f"{row.where}: no rewards, and no reward function; give reward_funcs")
 
 
-def check_prompts(
-    rows: Sequence[Row], eval_rows: Sequence[Row], tokenizer: Any | None, model: Any, config: GVPOConfig
+def check_demonstrations(
+    rows: Sequence[Row], specs: Sequence[DemonstrationSpec], functions: Sequence[RewardFunction]
 ) -> None:
-    """Every prompt must be encodable, and fit the model and the token budget with its completions.
+    """Every reference answer must be readable, and some row must have one. Raises UserError naming row and field."""
+    for spec in specs:
+        found = [row for row in rows if demonstrations(row, spec)]
+        if not found:
+            name = f"field {spec.column!r}"
+            raise UserError(f"{rows[0].where}, {name}: neither this row nor any other has a demonstration there")
+        if spec.reward is None and not functions:
+            raise UserError(
+                f"{found[0].where}, field {spec.column!r}: a demonstration without a reward, and no reward function; "
+                "give the source a reward, or give reward_funcs"
+            )
+
+
+def check_prompts(
+    rows: Sequence[Row],
+    eval_rows: Sequence[Row],
+    tokenizer: Any | None,
+    model: Any,
+    config: GVPOConfig,
+    specs: Sequence[DemonstrationSpec] = (),
+) -> None:
+    """Every prompt must be encodable, and fit the model and the token budget with its completions, those of specs too.
 
     Raises UserError naming the row.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    vocabulary = len(model.get_input_embeddings().weight)
+    context, vocabulary = _limits(model)
     for row in [*rows, *eval_rows]:
         _check_ids(row, vocabulary)
     if getattr(tokenizer, "chat_template", None):
@@ -49,9 +71,56 @@ def check_prompts(
     for row in rows:
         _check_encodable(row, row.completions, tokenizer)
         _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
+    for row, spec in [(row, spec) for spec in specs for row in rows if not row.offline]:
+        _check_demonstration(row, spec, tokenizer, config, context)
     for row in eval_rows:  # answers are drawn anew, whatever the row brings, and not back-propagated
         _check_encodable(row, (), tokenizer)
         _check_length(row, (), tokenizer, config.max_completion_length, context, None)
+
+
+def check_group(row: Row, tokenizer: Any | None, model: Any, config: GVPOConfig, *, rewarded: bool) -> None:
+    """A group from a file must be one that this model and tokenizer can be trained on.
+
+    rewarded: there are reward functions for those without rewards. Raises UserError naming the row.
+    """
+    context, vocabulary = _limits(model)
+    if not row.has_rewards and not rewarded:
+        raise UserError(f"{row.where}: no rewards, and no reward function; give reward_funcs, or `gvpo score` the file")
+    _check_ids(row, vocabulary)
+    _check_encodable(row, row.completions, tokenizer)
+    _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
+    for place, one in enumerate(row.completions):
+        if tokenizer is None or one.text is None or one.token_ids is None:
+            continue
+        text = tokenizer.decode(one.token_ids, skip_special_tokens=True)
+        if text.strip() != one.text.strip():
+            raise UserError(
+                f"{row.where}, field 'completions[{place}].token_ids': they are {text!r:.60} to this tokenizer and "
+                f"{one.text!r:.60} as text; were they made by another tokenizer? Remove the ids, or the text"
+            )
+
+
+def _limits(model: Any) -> tuple[int | None, int]:
+    """The model's context, None if it states none, and the size of its vocabulary."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context, len(model.get_input_embeddings().weight)
+
+
+def _check_demonstration(
+    row: Row, spec: DemonstrationSpec, tokenizer: Any | None, config: GVPOConfig, context: int | None
+) -> None:
+    answers = demonstrations(row, spec)[: spec.members]
+    if not answers:
+        return
+    _check_encodable(row, answers, tokenizer)
+    (encoded,) = encode_groups([row.group(answers)], tokenizer)
+    longest = max(map(len, encoded.completion_ids))
+    if longest > config.max_completion_length:
+        raise UserError(
+            f"{row.where}, field {spec.column!r}: a demonstration of {longest} tokens is longer than "
+            f"max_completion_length={config.max_completion_length}; raise it, or shorten or drop the row"
+        )
+    _check_length(row, answers, tokenizer, config.max_completion_length, context, config.token_budget)
 
 
 def check_columns(rows: Sequence[Row]) -> None:

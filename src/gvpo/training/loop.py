@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,22 +25,23 @@ from gvpo.models.score_checks import score_checks
 from gvpo.models.scoring import Scorer, unwrapped
 from gvpo.report.model_card import model_card
 from gvpo.rewards.fill import fill_rewards
-from gvpo.sampling.sampler import SamplingParams
 from gvpo.sampling.torch_sampler import TorchSampler
-from gvpo.sources.dataset import PromptOrder
-from gvpo.sources.fill import fill_groups
-from gvpo.sources.policy import PolicySource, Source, draw_seed
+from gvpo.sources.dataset import PromptOrder, Row
+from gvpo.sources.fill import fill_groups, unrewarded
+from gvpo.sources.mixture import arrange
+from gvpo.sources.policy import draw_seed
 from gvpo.training.checkpoint import Progress, TrainingState, find_checkpoint, is_of_run, prune_checkpoints
 from gvpo.training.config import GVPOConfig, dump_config
 from gvpo.training.data_checks import check_prompts
 from gvpo.training.health import names_seen
 from gvpo.training.metrics import members_of, update_metrics
 from gvpo.training.optimizer import make_optimizer, make_schedule
-from gvpo.training.plan import RewardFuncs, plan_run
+from gvpo.training.plan import RewardFuncs, RunPlan, plan_run, support_gap
 from gvpo.training.processes import current_processes
 from gvpo.training.reference import Reference, keep_reference, keep_rollout
 from gvpo.training.reporter import Reporter, Stopwatch
 from gvpo.training.run_folder import RunFolder, checkpoints, disk, new_folder
+from gvpo.training.run_sources import RunSources, drawn_tokens
 from gvpo.training.update import find_objective, group_gradients
 
 
@@ -53,7 +55,8 @@ class GVPOTrainer:
     config: a GVPOConfig; the default learns.
     tokenizer: of a model that is given as a module; None where all rows carry token ids.
     eval_dataset: held-out prompts, answered greedily.
-    sources: what draws completions for rows without; default the policy itself.
+    sources: where completions come from: a list of sources as in a config ({"type": "replay", "members": 4}) and of
+        objects with `fill(rows, wanted, seeds)` (gvpo.sources.source.Source), or one of them; default the policy.
 
     After `.train()`: `.model` (the trained module, unwrapped), `.tokenizer`, `.history` (one row per update, as in
     metrics.jsonl), `.save_model(path)`. With one update per rollout and the default reference the log-ratio is always
@@ -71,16 +74,14 @@ class GVPOTrainer:
         config: GVPOConfig | None = None,
         tokenizer: Any | None = None,
         eval_dataset: Any | None = None,
-        sources: Source | None = None,
+        sources: Any = None,
     ) -> None:
         self.config = config = GVPOConfig() if config is None else config
         if not isinstance(config, GVPOConfig):
             raise UserError(f"config is a {type(config).__name__}; give a GVPOConfig(...)")
         if isinstance(tokenizer, str | Path):
             raise UserError("tokenizer is a path; give the tokenizer itself (AutoTokenizer.from_pretrained(...))")
-        if sources is not None and not hasattr(sources, "fill"):
-            raise UserError(f"sources is a {type(sources).__name__}; give an object with fill(rows, seeds)")
-        self.plan = plan = plan_run(config, model, train_dataset, reward_funcs, eval_dataset)
+        self.plan = plan = plan_run(config, model, train_dataset, reward_funcs, eval_dataset, sources)
         self.total_updates = plan.updates
         self.dataset_name = str(train_dataset) if isinstance(train_dataset, str | Path) else None
 
@@ -91,7 +92,7 @@ class GVPOTrainer:
         if not isinstance(model, nn.Module):
             self.model, own_tokenizer = load_model(model)
             self.tokenizer = own_tokenizer if tokenizer is None else tokenizer
-        check_prompts(plan.rows, plan.eval_rows, self.tokenizer, self.model, config)
+        check_prompts(plan.rows, plan.eval_rows, self.tokenizer, self.model, config, plan.mixture.demonstrations)
         if config.disable_dropout:
             disable_dropout(self.model)
         if config.gradient_checkpointing:
@@ -106,12 +107,13 @@ class GVPOTrainer:
         # log-ratio is zero, nothing needs scoring.
         fresh = config.updates_per_rollout * config.epochs_per_rollout == 1
         self.own_reference = fresh and plan.reference == "rollout"
-        self.own_rollout = fresh and not any(one.old_token_logprobs for row in plan.rows for one in row.completions)
+        earlier = plan.mixture.replay is not None or plan.files is not None
+        brought = any(one.old_token_logprobs for row in plan.rows for one in row.completions)
+        self.own_rollout = fresh and not earlier and not brought
         self.order = PromptOrder(plan.rows, config.seed, shuffle=config.shuffle_dataset)
         self.sampler = TorchSampler(self.model, end_token_ids(self.model, self.tokenizer))
-        params = SamplingParams(config.max_completion_length, config.temperature, config.top_p, config.top_k)
-        self.source = sources or PolicySource(self.sampler, self.tokenizer, config.num_generations, params)
-        identity = _identity(config, plan.reference, len(plan.rows))
+        self.sources = RunSources(plan, config, self.sampler, self.tokenizer, self.model)
+        identity = _identity(config, plan)
         self.state = TrainingState(scorer, self.optimizer.optimizer, self.scheduler, self.reference, identity)
         self.history: list[dict[str, Any]] = []
         self.stopwatch = Stopwatch()
@@ -134,16 +136,19 @@ class GVPOTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         span = {"total": self.total_updates, "start": self.progress.update}
         with Reporter(config, folder, self.accelerator, self.history, self.stopwatch, **span) as report:
+            if self.progress.update == 0:
+                self._say_what_it_cannot_see(report)
             if config.eval_on_start and self.progress.update == 0:
                 report.row({"update": 0, **self._evaluate(report)})
             if self.progress.update >= self.total_updates:
                 report.note(f"nothing to train: {self.progress.update} of {self.total_updates} updates are done")
             while self.progress.update < self.total_updates:
                 if self.progress.batch == 0:
-                    groups = self._draw()
-                    self._reward(groups)
+                    rows, groups = self._draw(report)
+                    self._reward(unrewarded(rows, groups))
                     self._keep(report, groups)
                     self._refer(groups)
+                    self._remember(rows, groups)
                 self._check_scores_once(report)
                 row = self._update()
                 if self._due(config.eval_steps) or self.progress.update == self.total_updates:
@@ -151,6 +156,8 @@ class GVPOTrainer:
                 report.row(row)
                 if self._due(config.save_steps):
                     self._save_checkpoint(folder)
+                if self._due(config.publish_steps):
+                    self._publish(folder)
             self.model.eval()
             return self._finish(folder, time.perf_counter() - started)
 
@@ -177,17 +184,22 @@ class GVPOTrainer:
 
     # The arrows of one step, in order.
 
-    def _draw(self) -> list[Group]:
-        """prompts -> sources -> groups: this process's share of the next rollout."""
-        progress, count = self.progress, self.config.groups_per_rollout
+    def _draw(self, report: Reporter) -> tuple[list[Row], list[Group]]:
+        """prompts -> sources -> groups: this process's share of the next rollout, and the rows it was made for."""
+        config, progress = self.config, self.progress
         self.reference.before_rollout(progress.rollout)
-        rows = self.processes.mine(self.order.take(progress.position, count))
-        seeds = self.processes.mine([draw_seed(self.config.seed, progress.rollout, n) for n in range(count)])
         with self.stopwatch("rollout"), self._autocast():
-            progress.groups = fill_groups(rows, self.source, seeds, self.tokenizer)
-        progress.position += count
+            place = (progress.rollout, progress.update)
+            whole = self.processes.share(self.sources.whole(*place, report.note) if self.processes.is_main else [])
+            fresh = self.order.take(progress.position, config.groups_per_rollout - len(whole))
+            rows = self.processes.mine(arrange(whole, fresh, config.updates_per_rollout))
+            seeds = [draw_seed(config.seed, progress.rollout, n) for n in range(config.groups_per_rollout)]
+            members = (self.sources.members, config.num_generations, self.processes.mine(seeds))
+            progress.groups = fill_groups(rows, *members, self.tokenizer)
+        progress.position += len(fresh)
         progress.rollout += 1
-        return progress.groups
+        progress.generated_tokens += self.processes.total(drawn_tokens(rows, progress.groups))
+        return rows, progress.groups
 
     def _reward(self, groups: list[Group]) -> None:
         """groups -> rewards, in place."""
@@ -215,6 +227,13 @@ class GVPOTrainer:
                         logps = Reference("rollout", self.scorer).logprobs(*how, per_token=True)
                     keep_rollout(members, logps)
 
+    def _remember(self, rows: list[Row], groups: list[Group]) -> None:
+        """groups -> replay, those that were made for a prompt of the dataset in this rollout."""
+        if self.sources.replay is not None:
+            made = [None if row.offline else group for row, group in zip(rows, groups, strict=True)]
+            everyones = [group for group in self.processes.interleave(made) if group is not None]
+            self.sources.replay.add(everyones, update=self.progress.update)
+
     def _update(self) -> dict[str, Any]:
         """groups -> score -> weights -> backward -> optimizer. Returns the update's metrics."""
         config, progress = self.config, self.progress
@@ -237,22 +256,32 @@ class GVPOTrainer:
                 processes=self.processes,
             )
             grad_norm = self._step()
+        drawn_at = progress.update - progress.batch
         progress.update += 1
         progress.batch += 1
         if progress.batch == config.updates_per_rollout * config.epochs_per_rollout:
             progress.batch, progress.groups = 0, []
         members = self.processes.interleave(
-            members_of(batch.groups, batch.numbers, gradients.logps_N.tolist(), gradients.ref_logps_N.tolist())
+            members_of(
+                batch.groups,
+                batch.numbers,
+                gradients.logps_N.tolist(),
+                gradients.ref_logps_N.tolist(),
+                update=progress.update - 1,
+                drawn_at=drawn_at,
+            )
         )
         losses = self.processes.interleave([float(gradients.loss)])
         row = {
             "update": progress.update,
             "rollout": progress.rollout,
-            "epoch": progress.position / len(self.order.rows),
+            "epoch": self._epoch(),
             "learning_rate": learning_rate,
+            "generated_tokens": progress.generated_tokens,
             "loss": sum(losses) / len(losses),
             "grad_norm": grad_norm,
             **update_metrics(members, config.beta, self.processes.total(batch.members) - len(members)),
+            **self.sources.metrics(),
         }
         if clash := row.keys() & progress.reward_metrics.keys():
             raise UserError(
@@ -310,10 +339,16 @@ class GVPOTrainer:
         return logged | evaluation_metrics(answers)
 
     def _fill_rewards(self, groups: list[Group]) -> dict[str, float]:
-        epoch = self.progress.position / len(self.order.rows)
-        state = TrainerState(global_step=self.progress.update, max_steps=self.total_updates, epoch=epoch)
+        state = TrainerState(global_step=self.progress.update, max_steps=self.total_updates, epoch=self._epoch())
         functions, weights = self.plan.reward_functions, self.config.reward_weights
         return fill_rewards(groups, functions, weights, columns=self.plan.columns, trainer_state=state)
+
+    def _epoch(self) -> float:
+        """Passes over the dataset so far; over the files' groups where there is none."""
+        if self.plan.rows:
+            return self.progress.position / len(self.plan.rows)
+        held = self.processes.share(self.sources.files.held if self.sources.files is not None else 0)
+        return self.progress.rollout * self.config.groups_per_rollout / max(1, held)
 
     def _keep(self, report: Reporter, groups: list[Group]) -> None:
         everyones = self.processes.interleave(groups)
@@ -360,6 +395,22 @@ class GVPOTrainer:
             self.state.save(folder.path / "checkpoints" / f"step-{self.progress.update}", everyones)
             prune_checkpoints(checkpoints(folder.path), self.config.save_total_limit)
         self.processes.wait()
+
+    def _publish(self, folder: RunFolder) -> None:
+        """A whole copy of the model for samplers that follow the run; those before the last two go."""
+        if folder.path is None:
+            return
+        with new_folder(folder.path / "policy" / f"update-{self.progress.update:06d}") as model_folder:
+            self.save_model(model_folder)
+        for old in sorted((folder.path / "policy").glob("update-*"))[:-2]:
+            shutil.rmtree(old)
+
+    def _say_what_it_cannot_see(self, report: Reporter) -> None:
+        if gap := support_gap(self.config, self.plan.rows, self.plan.mixture):
+            report.note(
+                f"warning: support: {gap}: where the reference can give completions that are never seen, the optimum "
+                "is not unique (docs/lab.md shows a counter-example)"
+            )
 
     def _finish(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
         summary = {"updates": self.progress.update, "seconds": round(seconds, 3), "seed": self.config.seed}
@@ -410,7 +461,8 @@ def _start_accelerate(config: GVPOConfig) -> Accelerator:
     return accelerator
 
 
-def _identity(config: GVPOConfig, reference: str | int, rows: int) -> dict[str, Any]:
+def _identity(config: GVPOConfig, plan: RunPlan) -> dict[str, Any]:
     """What decides which prompts come when, and what they are fitted to: a checkpoint of another run differs here."""
     names = ("objective", "seed", "shuffle_dataset", "groups_per_update", "updates_per_rollout", "epochs_per_rollout")
-    return {name: getattr(config, name) for name in names} | {"reference": reference, "dataset rows": rows}
+    own = {"reference": plan.reference, "dataset rows": len(plan.rows), "sources": plan.mixture.described()}
+    return {name: getattr(config, name) for name in names} | own

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev, variance
 
 import torch
+from torch import Tensor
 
 from gvpo.groups import Group
 from gvpo.objective import gvpo_components
 from gvpo.rewards.fill import function_rewards
+from gvpo.training.targets import member_weights
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One completion as the metrics see it. group: its number in the run; logps in nats; tokens: of the completion."""
+    """One completion as the metrics see it. group: its number in the run; logps in nats; tokens: of the completion;
+    staleness: updates since a policy drew it, None where that is not known."""
 
     group: int
     reward: float
@@ -26,19 +29,31 @@ class Member:
     truncated: bool
     source: str
     by_function: dict[str, float]
+    staleness: int | None = None
 
 
 def members_of(
-    groups: Sequence[Group], numbers: Sequence[int], logps: Sequence[float], refs: Sequence[float]
+    groups: Sequence[Group],
+    numbers: Sequence[int],
+    logps: Sequence[float],
+    refs: Sequence[float],
+    *,
+    update: int,
+    drawn_at: int,
 ) -> list[Member]:
-    """The members of these groups; numbers: one per group; logps, refs: one per member, end to end."""
+    """The members of these groups; numbers: one per group; logps, refs: one per member, end to end.
+
+    update: how many are done; drawn_at: how many were when the policy drew its members.
+    """
     members, place = [], 0
     for group, number in zip(groups, numbers, strict=True):
         for one in group.completions:
             assert one.reward is not None and one.token_ids is not None
             tokens, rewards = len(one.token_ids), function_rewards(one)
+            drawn = one.meta.get("update", drawn_at if one.source == "policy" else None)
+            age = update - drawn if isinstance(drawn, int) else None
             members.append(
-                Member(number, one.reward, logps[place], refs[place], tokens, one.truncated, one.source, rewards)
+                Member(number, one.reward, logps[place], refs[place], tokens, one.truncated, one.source, rewards, age)
             )
             place += 1
     return members
@@ -63,9 +78,9 @@ def update_metrics(members: Sequence[Member], beta: float, dropped: int = 0) -> 
     row["completions/mean_length"] = fmean(lengths)
     row["completions/max_length"] = max(lengths)
     row["completions/truncated"] = fmean(member.truncated for member in members)
-    for source in sorted({member.source for member in members}):
-        row[f"source/{source}"] = fmean(member.source == source for member in members)
-    return row
+    if ages := [member.staleness for member in members if member.staleness is not None]:
+        row["staleness/mean"], row["staleness/max"] = fmean(ages), max(ages)
+    return row | _source_metrics(members, beta)
 
 
 def by_group(members: Iterable[Member]) -> list[list[Member]]:
@@ -74,6 +89,32 @@ def by_group(members: Iterable[Member]) -> list[list[Member]]:
     for member in members:
         groups[member.group].append(member)
     return list(groups.values())
+
+
+def _source_metrics(members: Sequence[Member], beta: float) -> dict[str, float]:
+    """Each source's share of the members and, beside others, its mean reward and log-ratio, and its share of the
+    weights' absolute values: how much of the gradient is its."""
+    sources = sorted({member.source for member in members})
+    row = {f"source/{name}": fmean(member.source == name for member in members) for name in sources}
+    if len(sources) == 1:
+        return row
+    masses = member_weights(*_tensors(members), beta).abs().tolist()
+    total = sum(masses)
+    for name in sources:
+        own = [member for member in members if member.source == name]
+        row[f"source/{name}/reward"] = fmean(member.reward for member in own)
+        row[f"source/{name}/log_ratio"] = fmean(member.logp - member.ref_logp for member in own)
+        mass = sum(one for one, member in zip(masses, members, strict=True) if member.source == name)
+        row[f"source/{name}/weight"] = mass / total if total > 0 else 0.0
+    return row
+
+
+def _tensors(members: Sequence[Member]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logps, refs, rewards = (
+        torch.tensor([getattr(member, name) for member in members], dtype=torch.float64)
+        for name in ("logp", "ref_logp", "reward")
+    )
+    return logps, refs, rewards, torch.tensor([member.group for member in members])
 
 
 def _reward_metrics(members: Sequence[Member], groups: Sequence[Sequence[Member]]) -> dict[str, float]:
@@ -94,11 +135,7 @@ def _reward_metrics(members: Sequence[Member], groups: Sequence[Sequence[Member]
 
 
 def _objective_metrics(members: Sequence[Member], groups: Sequence[Sequence[Member]], beta: float) -> dict[str, float]:
-    logps, refs, rewards = (
-        torch.tensor([getattr(member, name) for member in members], dtype=torch.float64)
-        for name in ("logp", "ref_logp", "reward")
-    )
-    ids = torch.tensor([member.group for member in members])
+    logps, refs, rewards, ids = _tensors(members)
     # Without a KL term there is no implicit reward: what is left of the components does not depend on beta.
     terms = gvpo_components(logps, refs, rewards, ids, beta=beta or 1.0)
     row = {name: float(value) for name, value in terms.items() if beta or name != "constant"}

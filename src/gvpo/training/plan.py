@@ -15,27 +15,37 @@ from gvpo.models.loading import check_model
 from gvpo.rewards.calling import check_signatures
 from gvpo.rewards.resolve import RewardFunction, resolve_rewards
 from gvpo.sources.dataset import Row, column_names, read_rows
+from gvpo.sources.files import GroupFiles
+from gvpo.sources.mixture import Mixture
+from gvpo.sources.specs import PolicySpec, Spec, TeacherSpec, read_sources
 from gvpo.training.config import ConfigError, GVPOConfig
-from gvpo.training.data_checks import check_columns, check_rewards
+from gvpo.training.data_checks import check_columns, check_demonstrations, check_rewards
 
 RewardFuncs = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """rows, eval_rows: the data; columns: every one that any row has. reference: which policy the KL is taken against.
-    updates: how many in all."""
+    """rows, eval_rows: the data; columns: every one that any row has. mixture: where completions come from; files: the
+    groups of its files. reference: which policy the KL is taken against. updates: how many in all."""
 
     rows: list[Row]
     eval_rows: list[Row]
     columns: list[str]
     reward_functions: list[RewardFunction]
+    mixture: Mixture
+    files: GroupFiles | None
     reference: str | int
     updates: int
 
 
 def plan_run(
-    config: GVPOConfig, model: nn.Module | str | Path, train_dataset: Any, reward_funcs: RewardFuncs, eval_dataset: Any
+    config: GVPOConfig,
+    model: nn.Module | str | Path,
+    train_dataset: Any,
+    reward_funcs: RewardFuncs,
+    eval_dataset: Any,
+    sources: Any = None,
 ) -> RunPlan:
     """The plan of a run, from what GVPOTrainer is given; no weights are read.
 
@@ -46,18 +56,25 @@ def plan_run(
             if getattr(config, name):
                 raise ConfigError(name, "there is nothing to evaluate on; give eval_dataset")
     _check_trackers(config.trackers, config.output_dir)
+    mixture = Mixture(tuple(read_sources(sources)))
+    mixture.check(config.num_generations, config.groups_per_update)
     functions = [] if reward_funcs is None else resolve_rewards(reward_funcs)
-    rows = read_rows(train_dataset, prompt_column=config.prompt_column, name="train_dataset")
+    rows = _read_prompts(config, train_dataset, mixture)
     eval_rows: list[Row] = []
     if eval_dataset is not None:
         eval_rows = read_rows(eval_dataset, prompt_column=config.prompt_column, name="eval_dataset")
+    files = None if mixture.files is None else GroupFiles(mixture.files)
+    if files is not None:
+        files.look()
     check_rewards(rows, eval_rows, functions, config.reward_weights)
     columns = column_names([*rows, *eval_rows])
     check_signatures(functions, columns)
-    if config.output_dir is not None:
+    if config.output_dir is not None or mixture.replay is not None:
         check_columns([*rows, *eval_rows])
-    _check_members(config, rows)
-    reference = choose_reference(config, rows)
+    if rows:
+        _check_members(config, rows, mixture)
+    check_demonstrations(rows, mixture.demonstrations, functions)
+    reference = choose_reference(config, rows, mixture)
     if not isinstance(model, nn.Module):
         if not isinstance(model, str | Path):
             raise UserError(f"model is a {type(model).__name__}; give a module, or a name or path")
@@ -66,16 +83,35 @@ def plan_run(
         raise UserError(f"model is a {type(model).__name__}; give a causal language model of transformers")
     if isinstance(reference, str) and reference not in ("rollout", "initial"):
         check_model(reference)
-    return RunPlan(rows, eval_rows, columns, functions, reference, planned_updates(config, len(rows)))
+    for spec in mixture.given:
+        if isinstance(spec, TeacherSpec):
+            check_model(spec.model)
+    updates = planned_updates(config, len(rows), mixture, files)
+    return RunPlan(rows, eval_rows, columns, functions, mixture, files, reference, updates)
 
 
-def choose_reference(config: GVPOConfig, rows: Sequence[Row]) -> str | int:
+def _read_prompts(config: GVPOConfig, train_dataset: Any, mixture: Mixture) -> list[Row]:
+    """The dataset's rows; none where whole groups from files are all there is."""
+    if mixture.fills:
+        return read_rows(train_dataset, prompt_column=config.prompt_column, name="train_dataset")
+    if train_dataset is not None:
+        raise ConfigError(
+            "sources", "no source completes the prompts of train_dataset; add {type: policy}, or give no train_dataset"
+        )
+    return []
+
+
+def choose_reference(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) -> str | int:
     """The reference of a run: as configured, else "initial" for offline-only data and "rollout" where a source samples.
 
     Raises UserError for a moving reference on offline-only data, unless allow_unanchored.
     """
-    offline = all(row.offline for row in rows)
-    reference = config.reference or ("initial" if offline else "rollout")
+    open_rows = not all(row.offline for row in rows)
+    # Samplers that follow the weights that this run publishes draw from its policy, only elsewhere.
+    followed = mixture.files is not None and mixture.files.follow and config.publish_steps is not None
+    offline = not followed and not (open_rows and (mixture.draws or mixture.one(TeacherSpec)))
+    sampling = followed or (open_rows and mixture.draws)
+    reference = config.reference or ("rollout" if sampling else "initial")
     if offline and (reference == "rollout" or isinstance(reference, int)) and not config.allow_unanchored:
         raise ConfigError(
             "reference",
@@ -85,13 +121,49 @@ def choose_reference(config: GVPOConfig, rows: Sequence[Row]) -> str | int:
     return reference
 
 
-def planned_updates(config: GVPOConfig, rows: int) -> int:
-    """Updates in all: max_steps, or num_train_epochs over this many rows, each in epochs_per_rollout updates."""
-    per_epoch = math.ceil(config.num_train_epochs * rows / config.groups_per_update)
-    return config.max_steps or per_epoch * config.epochs_per_rollout
+def planned_updates(config: GVPOConfig, rows: int, mixture: Mixture, files: GroupFiles | None) -> int:
+    """Updates in all: max_steps, or num_train_epochs over this many rows, each in epochs_per_rollout updates.
+
+    Without rows: as many whole rollouts as the files have groups for, each used as often as they say.
+    Raises UserError where that is none, or not as many as max_steps.
+    """
+    if rows:
+        drawn = config.groups_per_update - mixture.whole_per_update(config.groups_per_update)
+        per_epoch = math.ceil(config.num_train_epochs * rows / max(1, drawn))
+        return config.max_steps or per_epoch * config.epochs_per_rollout
+    assert files is not None
+    if files.spec.follow:
+        if config.max_steps is None:
+            raise ConfigError("max_steps", "missing; a folder that is followed has no end of its own")
+        return config.max_steps
+    rollouts = files.held * files.spec.uses // config.groups_per_rollout
+    updates = rollouts * config.updates_per_rollout * config.epochs_per_rollout
+    if updates < (config.max_steps or 1):
+        raise ConfigError(
+            "sources",
+            f"{files.spec.path} holds {files.held} groups, enough for {updates} updates ({config.groups_per_rollout} "
+            "groups a rollout); add groups, raise uses, or lower max_steps or groups_per_update",
+        )
+    return config.max_steps or updates
 
 
-def _check_members(config: GVPOConfig, rows: Sequence[Row]) -> None:
+def support_gap(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) -> str | None:
+    """Why completions that the reference can give may never be seen, None where nothing says so.
+
+    Then the optimum is not unique (arXiv 2504.19599, Theorem 2 asks for a sampling law that covers the reference).
+    """
+    if any(not isinstance(spec, Spec) for spec in mixture.given) or (mixture.files and mixture.files.follow):
+        return None
+    drawing = [config] if mixture.one(PolicySpec) else []
+    drawing += [spec for spec in mixture.given if isinstance(spec, TeacherSpec)]
+    if not drawing or all(row.offline for row in rows):
+        return "all completions are fixed beforehand"
+    if all(one.top_p < 1 or one.top_k > 0 for one in drawing):
+        return "all sampling is truncated by top_p or top_k"
+    return None
+
+
+def _check_members(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) -> None:
     """Refuse data that cannot teach, and completions to be sampled that no forward could hold."""
     if all(row.offline and _rewardable(row) < 2 for row in rows):
         raise UserError(
@@ -99,7 +171,8 @@ def _check_members(config: GVPOConfig, rows: Sequence[Row]) -> None:
             "or more to teach anything"
         )
     budget, longest = config.token_budget, config.max_completion_length
-    if budget is not None and budget <= longest and not all(row.offline for row in rows):
+    draws = mixture.draws or mixture.one(TeacherSpec)
+    if budget is not None and budget <= longest and draws and not all(row.offline for row in rows):
         raise ConfigError(
             "token_budget",
             f"{budget} cannot hold a prompt and a completion of max_completion_length={longest}; raise it, or lower "

@@ -38,6 +38,10 @@ class OneProcess:
         """Each metric's mean over the processes that have it, weighted by how much this one stands for."""
         return dict(metrics)
 
+    def share(self, value: T) -> T:
+        """The main process's value, on every process."""
+        return value
+
     def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
         """A block whose backward passes do not exchange gradients yet."""
         return nullcontext()
@@ -75,6 +79,11 @@ class Processes(OneProcess):
             / sum(weight for share, weight in shares if name in share)
             for name in names
         }
+
+    def share(self, value: T) -> T:
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()

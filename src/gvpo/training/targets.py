@@ -83,11 +83,16 @@ class Targets:
         """GVPO's weight of every member, 0 where it left its group."""
         kept, weights_N = self.kept_N, torch.zeros_like(logps_N, dtype=torch.float64)
         refs_N = logps_N if self.ref_logps_N is None else self.ref_logps_N
-        terms: dict[str, Any] = {"beta": beta} if beta > 0 else {"beta": 1.0, "components": ("reward",)}
-        weights_N[kept] = gvpo_weights(
-            logps_N[kept], refs_N[kept], self.rewards_N[kept], self.group_ids_N[kept], **terms
+        weights_N[kept] = member_weights(
+            logps_N[kept], refs_N[kept], self.rewards_N[kept], self.group_ids_N[kept], beta
         )
         return weights_N
+
+
+def member_weights(logps_N: Tensor, refs_N: Tensor, rewards_N: Tensor, group_ids_N: Tensor, beta: float) -> Tensor:
+    """GVPO's weights, float64; the centred rewards where beta is 0."""
+    terms: dict[str, Any] = {"beta": beta} if beta > 0 else {"beta": 1.0, "components": ("reward",)}
+    return gvpo_weights(logps_N, refs_N, rewards_N, group_ids_N, **terms)
 
 
 @dataclass(frozen=True, slots=True)

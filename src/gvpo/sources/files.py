@@ -1,0 +1,172 @@
+"""Whole groups from files that others write, also while the run goes on.
+
+A folder's files are taken in the order of their names; of those that appear later, each look's new ones come after.
+A file is whole when it appears under its name (an atomic rename: `write_groups` and `gvpo sample` do that); names that
+begin with a dot are passed over. Files are read, never changed or removed. What was taken is a few numbers in the
+checkpoint: a run that goes on from there takes the groups after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gvpo.errors import UserError
+from gvpo.group_files import numbered_rows
+from gvpo.sources.dataset import Row, read_row
+from gvpo.sources.specs import FilesSpec
+
+STATE = "files.json"
+
+
+@dataclass
+class _File:
+    """One file's groups. taken: how many so far, over all passes; seen: read through, its ids noted."""
+
+    groups: int
+    taken: int = 0
+    seen: bool = False
+
+    @property
+    def passes(self) -> int:
+        return self.taken // self.groups
+
+
+@dataclass
+class GroupFiles:
+    """The groups of spec.path, each taken spec.uses times at most.
+
+    check: refuses a row that the run cannot use, by a UserError; set when model and tokenizer are known.
+    stale: groups that were passed over so far, for being older than spec.max_staleness.
+    """
+
+    spec: FilesSpec
+    check: Callable[[Row], None] = lambda row: None
+    stale: int = 0
+    _files: dict[str, _File] = field(default_factory=dict)
+    _ids: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    _open: tuple[str, int, Iterator[Row]] | None = None
+
+    def look(self) -> None:
+        """Take in the files that are new, in the order of their names.
+
+        Raises UserError for a row that is no group, a group id that was seen, and a folder that cannot be read.
+        """
+        for path in self._paths():
+            known = self._files.get(path.name)
+            if known is None or not known.seen:
+                groups = sum(1 for row in self._rows(path) if self._is_new(row))
+                self._files[path.name] = _File(groups, known.taken if known else 0, seen=True)
+
+    @property
+    def held(self) -> int:
+        """Groups in all files that were seen."""
+        return sum(file.groups for file in self._files.values())
+
+    def take(self, count: int, *, update: int) -> list[Row]:
+        """The next groups, `count` at most, as rows that bring their own completions.
+
+        Groups that were used less often come first; of equals the first. update: the run's; groups that a policy drew
+        more than spec.max_staleness updates before are passed over, and counted.
+        """
+        rows: list[Row] = []
+        while len(rows) < count and (row := self._next()) is not None:
+            if self._is_stale(row, update):
+                self.stale += 1
+            else:
+                self.check(row)
+                rows.append(row)
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was taken; JSON."""
+        return {"stale": self.stale, "files": {name: [file.groups, file.taken] for name, file in self._files.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.stale = state["stale"]
+        now, self._open = self._files, None
+        # Files in the order in which they were found then; what has appeared since comes after them.
+        self._files = {
+            name: _File(groups, taken, seen=name in now and now[name].seen)
+            for name, (groups, taken) in state["files"].items()
+        }
+        self._files |= {name: replace(file, taken=0) for name, file in now.items() if name not in self._files}
+
+    def save(self, folder: Path) -> None:
+        """Write what was taken into this folder."""
+        (folder / STATE).write_text(json.dumps(self.state_dict()), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote."""
+        self.load_state_dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+    def rows(self) -> Iterator[Row]:
+        """Every group of the files that were seen, once."""
+        for name in self._files:
+            yield from self._rows(self._path(name))
+
+    def _next(self) -> Row | None:
+        usable = [
+            (file.passes, name) for name, file in self._files.items() if file.taken < self.spec.uses * file.groups
+        ]
+        if not usable:
+            return None
+        name = min(usable, key=lambda pair: pair[0])[1]
+        file = self._files[name]
+        place = file.taken % file.groups
+        if self._open is None or self._open[:2] != (name, place):
+            self._open = (name, place, islice(self._rows(self._path(name)), place, None))
+        rows = self._open[2]
+        row = next(rows, None)
+        if row is None:
+            raise UserError(f"{self._path(name)}: has fewer groups than when it was first read; restore the file")
+        file.taken += 1
+        self._open = (name, place + 1, rows)
+        return row
+
+    def _rows(self, path: Path) -> Iterator[Row]:
+        for where, values in numbered_rows(path):
+            row = read_row(values, where)
+            if not row.offline:
+                raise UserError(f"{where}, field 'completions': missing; files hold groups with their completions")
+            yield row
+
+    def _is_new(self, row: Row) -> bool:
+        if row.id is not None:
+            prompt = _hash_of_prompt(row)
+            where, same = self._ids.setdefault(row.id, (row.where, prompt))
+            if where != row.where:
+                also = "" if same == prompt else ", with another prompt"
+                raise UserError(
+                    f"{row.where}, field 'id': {row.id!r} is the id of another group too{also} ({where}); an id is for "
+                    "one draw: remove one of them, or give it an id of its own"
+                )
+        return True
+
+    def _is_stale(self, row: Row, update: int) -> bool:
+        ages = [update - one.meta["update"] for one in row.completions if isinstance(one.meta.get("update"), int)]
+        return self.spec.max_staleness is not None and max(ages, default=0) > self.spec.max_staleness
+
+    def _paths(self) -> list[Path]:
+        path = Path(self.spec.path)
+        if not path.is_dir():
+            if self.spec.follow:
+                raise UserError(f"{path}: there is no such folder to follow; make it, or name one (files: path)")
+            return [path]
+        found = [file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet") and file.name[0] != "."]
+        return sorted(found)
+
+    def _path(self, name: str) -> Path:
+        path = Path(self.spec.path)
+        return path / name if path.is_dir() else path
+
+
+def _hash_of_prompt(row: Row) -> bytes:
+    prompt = row.prompt_ids if row.prompt is None else row.prompt
+    return hashlib.blake2b(json.dumps(prompt, sort_keys=True, default=str).encode(), digest_size=16).digest()

@@ -1,0 +1,111 @@
+"""A run's sources at work: what completes a prompt's group, and what brings whole groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from gvpo.errors import UserError
+from gvpo.groups import Group
+from gvpo.sampling.sampler import Sampler, SamplingParams
+from gvpo.sources.dataset import Row
+from gvpo.sources.demonstration import DemonstrationSource
+from gvpo.sources.policy import PolicySource, draw_seed
+from gvpo.sources.replay import ReplayBuffer
+from gvpo.sources.source import Source
+from gvpo.sources.specs import DemonstrationSpec, PolicySpec, ReplaySpec, TeacherSpec
+from gvpo.sources.teacher import load_teacher
+from gvpo.training.config import GVPOConfig
+from gvpo.training.data_checks import check_group
+from gvpo.training.plan import RunPlan
+
+LOOK_AGAIN = 0.5
+"""Seconds between two looks into a folder that is followed."""
+
+STILL_WAITING = 60.0
+"""Seconds after which a run that waits for groups says so again."""
+
+
+class RunSources:
+    """members: what is asked, in turn, for the members of a prompt's group, the policy last. replay, files: None where
+    the run has none."""
+
+    def __init__(self, plan: RunPlan, config: GVPOConfig, sampler: Sampler, tokenizer: Any | None, model: Any) -> None:
+        self._plan = plan
+        self._config = config
+        self.replay = None if plan.mixture.replay is None else ReplayBuffer(plan.mixture.replay, tokenizer)
+        self.files = plan.files
+        if self.files is not None:
+            checks = partial(check_group, tokenizer=tokenizer, model=model, config=config)
+            self.files.check = partial(checks, rewarded=bool(plan.reward_functions))
+            for row in self.files.rows():
+                self.files.check(row)
+        params = SamplingParams(config.max_completion_length, config.temperature, config.top_p, config.top_k)
+        self.members: list[Source] = []
+        for spec in plan.mixture.given:
+            match spec:
+                case ReplaySpec():
+                    assert self.replay is not None
+                    self.members += [self.replay] if spec.members else []
+                case DemonstrationSpec():
+                    self.members.append(DemonstrationSource(spec))
+                case TeacherSpec():
+                    device = next(model.parameters()).device
+                    self.members.append(load_teacher(spec, tokenizer, device, config.max_completion_length))
+                case _ if hasattr(spec, "fill"):
+                    self.members.append(spec)
+        if plan.mixture.one(PolicySpec):
+            self.members.append(PolicySource(sampler, tokenizer, params))
+
+    def whole(self, rollout: int, update: int, note: Callable[[str], None]) -> list[Row]:
+        """The next rollout's whole groups, as rows with completions: the files', then those that are replayed.
+
+        Waits for files where nothing else makes up an update. rollout, update: how many are begun or done.
+        Raises UserError for a file that cannot be used, and when the files have come to their end.
+        """
+        updates = self._config.updates_per_rollout
+        rows = [] if self.files is None else self._from_files(update, note)
+        if self.replay is not None:
+            self.replay.rollout = rollout
+            seed = draw_seed(self._config.seed, rollout)
+            rows += self.replay.whole(self.replay.spec.groups * updates, seed)
+        return rows
+
+    def metrics(self) -> dict[str, float]:
+        """What is held, and what was passed over."""
+        row = {} if self.replay is None else self.replay.ages()
+        return row if self.files is None else row | {"files/stale": float(self.files.stale)}
+
+    def _from_files(self, update: int, note: Callable[[str], None]) -> list[Row]:
+        files, config = self.files, self._config
+        assert files is not None
+        wanted = (files.spec.groups or config.groups_per_update) * config.updates_per_rollout
+        rows = self._look_and_take(wanted, update)
+        said = -STILL_WAITING
+        while files.spec.groups is None and len(rows) < wanted:
+            if not files.spec.follow:
+                raise UserError(
+                    f"{files.spec.path}: all groups are used, {files.stale} of them left out as stale; add groups, "
+                    "raise uses or max_staleness, or lower max_steps"
+                )
+            if time.monotonic() - said >= STILL_WAITING:
+                said = time.monotonic()
+                note(f"waiting for groups in {files.spec.path}: {len(rows)} of {wanted} are there")
+            time.sleep(LOOK_AGAIN)
+            rows += self._look_and_take(wanted - len(rows), update)
+        return rows
+
+    def _look_and_take(self, count: int, update: int) -> list[Row]:
+        assert self.files is not None
+        if self.files.spec.follow:
+            self.files.look()
+        return self.files.take(count, update=update)
+
+
+def drawn_tokens(rows: Sequence[Row], groups: Sequence[Group]) -> int:
+    """Tokens that were drawn for these groups now: not those of datasets, files, replay and demonstrations."""
+    made = [group for row, group in zip(rows, groups, strict=True) if not row.offline]
+    members = [one for group in made for one in group.completions if one.source not in ("replay", "demonstration")]
+    return sum(len(one.token_ids or []) for one in members)
