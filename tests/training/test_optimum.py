@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from exact import END, LONGEST, PROMPT, all_sequences, exact_logprobs, tiny_llama, total_variation
 from gvpo import Completion, Group, GVPOConfig, GVPOTrainer
@@ -37,24 +40,33 @@ def train(**settings: Any) -> tuple[float, float]:
         "max_completion_length": LONGEST,
         "disable_tqdm": True,
     }
-    GVPOTrainer(model, data, rewards, config=GVPOConfig(**common | settings)).train()
+    own = {name: settings.pop(name) for name in ("sources", "tokenizer") if name in settings}
+    GVPOTrainer(model, data, rewards, config=GVPOConfig(**common | settings), **own).train()
     return total_variation(start, optimum), total_variation(exact_logprobs(model), optimum)
 
 
-def offline_groups() -> list[Group]:
-    """Groups drawn uniformly over sequences, with their rewards."""
+def offline_groups(probabilities: Sequence[float] | None = None) -> list[Group]:
+    """Groups drawn uniformly over sequences, or with these probabilities, with their rewards."""
     draws = random.Random(0)
     return [
         Group(
             None,
             [
                 Completion(token_ids=ids, reward=REWARD_OF[tuple(ids)], truncated=ids[-1] != END, source="dataset")
-                for ids in draws.choices(SEQUENCES, k=MEMBERS)
+                for ids in draws.choices(SEQUENCES, probabilities, k=MEMBERS)
             ],
             prompt_ids=PROMPT,
         )
         for _ in range(UPDATES)
     ]
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """One letter for each token but the end token, which has none in texts."""
+    vocabulary = {letter: index for index, letter in enumerate("abcdefg")} | {"~": END}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="~"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~")
 
 
 def reward(*, prompts: None, completions: None, completion_ids: list[list[int]], **columns: object) -> list[float]:
@@ -78,6 +90,40 @@ def test_the_policys_own_rollouts_reach_the_optimum() -> None:
     before, after = train(data=[{"prompt_ids": PROMPT}], reward_funcs=reward)
     assert before > 0.3
     assert after < 0.03
+
+
+def test_offline_groups_of_a_different_model_reach_the_optimum() -> None:
+    other = exact_logprobs(tiny_llama(7, scale=2.0))
+    assert total_variation(other, exact_logprobs(tiny_llama())) > 0.3
+    before, after = train(data=offline_groups(other.exp().tolist()))
+    assert before > 0.3
+    assert after < 0.03
+
+
+def test_half_of_each_group_replayed_reaches_the_optimum() -> None:
+    replay = {"type": "replay", "members": MEMBERS // 2, "capacity": 64, "priority": "uniform"}
+    sources = [{"type": "policy"}, replay]
+    before, after = train(data=[{"prompt_ids": PROMPT}], reward_funcs=reward, sources=sources)
+    assert before > 0.3
+    assert after < 0.03
+
+
+def test_demonstrations_in_every_group_reach_the_optimum() -> None:
+    """Four answers that are likely neither under the start nor under the optimum, in each group of 32."""
+    rewarded = [ids for ids in SEQUENCES if ids[-1] == END and len(ids) == LONGEST]
+    least = sorted(rewarded, key=lambda ids: REWARD_OF[tuple(ids)])[:4]
+    texts = ["".join("abcdefg"[token] for token in ids[:-1]) for ids in least]
+    marks = [REWARD_OF[tuple(ids)] for ids in least]
+    shown = {"type": "demonstration", "column": "answer", "members": 4, "reward": "marks"}
+    row = {"prompt_ids": PROMPT, "answer": texts, "marks": marks}
+    options = {"sources": [{"type": "policy"}, shown], "tokenizer": words_tokenizer()}
+    before, after = train(data=[row], reward_funcs=by_ids, **options)
+    assert before > 0.3
+    assert after < 0.03
+
+
+def by_ids(*, completion_ids: list[list[int]], **columns: object) -> list[float]:
+    return [REWARD_OF[tuple(ids)] for ids in completion_ids]
 
 
 def test_another_beta_ends_somewhere_else() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gvpo.errors import UserError, located
@@ -18,7 +18,7 @@ from gvpo.training.config import GVPOConfig
 
 
 def check_rewards(
-    rows: Sequence[Row], eval_rows: Sequence[Row], functions: Sequence[RewardFunction], weights: Sequence[float] | None
+    rows: Iterable[Row], eval_rows: Sequence[Row], functions: Sequence[RewardFunction], weights: Sequence[float] | None
 ) -> None:
     """Every row must have rewards or get them. Raises UserError naming the row."""
     if weights is not None and len(weights) != len(functions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def plan_run(
     files = None if mixture.files is None else GroupFiles(mixture.files)
     if files is not None:
         files.look()
-    check_rewards(rows, eval_rows, functions, config.reward_weights)
+    brought = rows if files is None else itertools.chain(rows, files.rows())
+    check_rewards(brought, eval_rows, functions, config.reward_weights)
     columns = column_names([*rows, *eval_rows])
     check_signatures(functions, columns)
     if config.output_dir is not None or mixture.replay is not None:
