@@ -137,11 +137,12 @@ def test_draws_are_a_function_of_the_seed() -> None:
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     replay, other = buffer(groups=2), buffer(groups=2)
+    replay.rollout = 5
     replay.add([group(n, 10 * n) for n in range(8)], update=3)
     other.add([group(99, 99)], update=0)
     replay.save(tmp_path)
     other.load(tmp_path)
-    assert other.whole(8, 1) == replay.whole(8, 1) and len(other) == 8
+    assert other.whole(8, 1) == replay.whole(8, 1) and len(other) == 8 and other.rollout == 5
     # What is done afterwards does not reach the copy.
     other.add([group(50, 50)], update=4)
     third = buffer(groups=2)

@@ -98,6 +98,11 @@ class GroupFiles:
         }
         self._files |= {name: replace(file, taken=0) for name, file in now.items() if name not in self._files}
 
+    def mark(self) -> Callable[[], None]:
+        """What puts the state back to what it is now; files that were found since are found again."""
+        state = self.state_dict()
+        return lambda: self.load_state_dict(state)
+
     def save(self, folder: Path) -> None:
         """Write what was taken into this folder."""
         (folder / STATE).write_text(json.dumps(self.state_dict()), encoding="utf-8")

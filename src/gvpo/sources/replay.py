@@ -93,6 +93,7 @@ class ReplayBuffer:
     def save(self, folder: Path) -> None:
         """Copy the groups into a file of this folder."""
         with _disk(folder):
+            self._db.execute(f"PRAGMA user_version = {self.rollout}")
             self._db.execute("VACUUM INTO ?", (str(folder / FILE),))
 
     def load(self, folder: Path) -> None:
@@ -100,6 +101,7 @@ class ReplayBuffer:
         saved = sqlite3.connect(f"{(folder / FILE).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         with _disk(), closing(saved):
             saved.backup(self._db)
+            (self.rollout,) = self._db.execute("PRAGMA user_version").fetchone()
 
     def _values(self, group: Group, update: int) -> tuple[Any, ...]:
         members = [

@@ -408,8 +408,8 @@ class GVPOTrainer:
     def _say_what_it_cannot_see(self, report: Reporter) -> None:
         if gap := support_gap(self.config, self.plan.rows, self.plan.mixture):
             report.note(
-                f"warning: support: {gap}: where the reference can give completions that are never seen, the optimum "
-                "is not unique (docs/lab.md shows a counter-example)"
+                f"warning: support: {gap}: the optimum is not unique where the reference can give completions that are "
+                "never seen; add a source that draws from all of them, such as {type: policy}"
             )
 
     def _finish(self, folder: RunFolder, seconds: float) -> dict[str, Any]:

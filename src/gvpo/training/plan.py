@@ -150,7 +150,7 @@ def planned_updates(config: GVPOConfig, rows: int, mixture: Mixture, files: Grou
 
 
 def support_gap(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) -> str | None:
-    """Why completions that the reference can give may never be seen, None where nothing says so.
+    """Why completions that the reference can give may never be seen, and the counter-example; None where none may.
 
     Then the optimum is not unique (arXiv 2504.19599, Theorem 2 asks for a sampling law that covers the reference).
     """
@@ -159,9 +159,9 @@ def support_gap(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) -> st
     drawing = [config] if mixture.one(PolicySpec) else []
     drawing += [spec for spec in mixture.given if isinstance(spec, TeacherSpec)]
     if not drawing or all(row.offline for row in rows):
-        return "all completions are fixed beforehand"
+        return "all completions are fixed beforehand (docs/lab.md, sampling/replay-set-alone)"
     if all(one.top_p < 1 or one.top_k > 0 for one in drawing):
-        return "all sampling is truncated by top_p or top_k"
+        return "all sampling is truncated by top_p or top_k (docs/lab.md, sampling/top-k-alone)"
     return None
 
 
