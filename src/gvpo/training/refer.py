@@ -53,7 +53,7 @@ class Trust:
             return list(batches)
         chosen: list[Batch] = []
         for batch in batches:
-            members = members_of(batch.groups)
+            members = completions_of(batch.groups)
             count = self.processes.total(len(members))
             trusted = self.processes.total(sum(map(self.brings, members)))
             if trusted < count or (count and not self.checked):
@@ -65,12 +65,12 @@ class Trust:
         """Compare what the members bring with their scores. Raises UserError, on every process, where they differ."""
         if not self.allowed:
             return
-        scores = iter(logps.tolist())
+        groups = zip(batch.numbers, batch.groups, strict=True)
+        members = [(number, group, member) for number, group in groups for member in group.completions]
         problems = [
             f"group {group.id or number} of the run (prompt {_prompt(group)}), completion {_text(member)}: {problem}"
-            for number, group in zip(batch.numbers, batch.groups, strict=True)
-            for member in group.completions
-            if (score := next(scores)) is not None and (problem := self._problem(member, score))
+            for (number, group, member), score in zip(members, logps.tolist(), strict=True)
+            if (problem := self._problem(member, score))
         ]
         if first := self.processes.interleave(problems[:1]):
             raise UserError(
@@ -116,15 +116,15 @@ def refer(
             for batch in scored:
                 logps = score(scorer, batch.groups)
                 trust.check(batch, logps)
-                keep_reference(members_of(batch.groups), logps, but=trust.brings)
+                keep_reference(completions_of(batch.groups), logps, but=trust.brings)
                 if policy is not None and reference.kind == "rollout":
-                    keep_rollout(members_of(batch.groups), logps)
+                    keep_rollout(completions_of(batch.groups), logps)
     if policy is not None and reference.kind != "rollout":
         for batch in batches:
-            keep_rollout(members_of(batch.groups), score(policy, batch.groups))
+            keep_rollout(completions_of(batch.groups), score(policy, batch.groups))
 
 
-def members_of(groups: Sequence[Group]) -> list[Completion]:
+def completions_of(groups: Sequence[Group]) -> list[Completion]:
     """All completions, end to end."""
     return [completion for group in groups for completion in group.completions]
 
