@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from training_helpers import first_token, offline_groups, prompts, same_weights, settings, tiny_model, weights
@@ -23,6 +24,8 @@ from gvpo.groups import Group
 from gvpo.models.scoring import Scorer
 from gvpo.training import update
 from gvpo.training.loop import GVPOTrainer
+from gvpo.training.processes import OneProcess
+from gvpo.training.reference import score_groups
 from gvpo.training.update import accumulate_gradients
 
 
@@ -96,6 +99,36 @@ def going_on(folder: Path) -> GVPOTrainer:
     return trainer
 
 
+def adapter(folder: Path) -> GVPOTrainer:
+    """Switched off, and on again, under the wrapper that exchanges its gradients."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).double()
+    config = settings(groups_per_update=3, max_steps=7, learning_rate=0.1, reference="initial", token_budget=20)
+    return GVPOTrainer(model, some_without(offline_groups(9, sizes=(3, 2, 5, 1, 4))), config=config)
+
+
+def on_disk(folder: Path) -> GVPOTrainer:
+    """A snapshot in a file for each process."""
+    options = {"reference": 2, "reference_storage": "disk", "output_dir": str(folder / "disk")}
+    config = settings(groups_per_update=3, max_steps=8, **options)
+    return GVPOTrainer(tiny_model().double(), prompts(13), first_token, config=config)
+
+
+def trusted(folder: Path) -> GVPOTrainer:
+    """Half of the batches bring their reference log-probs; of the others one process's share does, or some of it."""
+    groups = offline_groups(12, sizes=(3, 2, 4))
+    how = {"token_budget": None, "share_prefix": True, "processes": OneProcess()}
+    scores = iter(score_groups(Scorer(tiny_model().double()), groups, **how).tolist())
+    for number, group in enumerate(groups):
+        for place, completion in enumerate(group.completions):
+            score = next(scores)
+            if number not in (3, 10) or place:
+                completion.ref_logprob = score + 5e-4
+    options = {"trust_ref_logprobs": True, "shuffle_dataset": False, "learning_rate": 3e-2}
+    config = settings(groups_per_update=3, max_steps=8, **options)
+    return GVPOTrainer(tiny_model().double(), groups, config=config)
+
+
 def single_precision(folder: Path) -> GVPOTrainer:
     """As anybody would run it."""
     config = settings(groups_per_update=3, max_steps=4, learning_rate=1e-3)
@@ -103,7 +136,19 @@ def single_precision(folder: Path) -> GVPOTrainer:
 
 
 SCENARIOS: dict[str, Callable[[Path], GVPOTrainer]] = {
-    scenario.__name__: scenario for scenario in (stale, split_groups, sampled, idle, saving, going_on, single_precision)
+    scenario.__name__: scenario
+    for scenario in (
+        stale,
+        split_groups,
+        sampled,
+        idle,
+        saving,
+        going_on,
+        adapter,
+        on_disk,
+        trusted,
+        single_precision,
+    )
 }
 
 

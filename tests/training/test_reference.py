@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
 from training_helpers import (
     first_token,
     naive_logprob,
@@ -23,11 +27,12 @@ from training_helpers import (
 
 from gvpo.errors import UserError
 from gvpo.groups import Group
-from gvpo.models.scoring import Scorer, sequence_logprobs
+from gvpo.models.scoring import Scorer
+from gvpo.training import loop as loop_module
 from gvpo.training import reference as reference_module
 from gvpo.training.loop import GVPOTrainer
 from gvpo.training.processes import OneProcess
-from gvpo.training.reference import Reference
+from gvpo.training.reference import Reference, score_groups
 
 CPU = torch.device("cpu")
 
@@ -40,8 +45,16 @@ def moved(model: torch.nn.Module, seed: int = 9) -> None:
             parameter.add_(0.3 * torch.randn_like(parameter))
 
 
+def started(kind: str | int, model: torch.nn.Module, **where: Any) -> Reference:
+    reference = Reference(kind, Scorer(model), **where)
+    reference.start()
+    return reference
+
+
 def refs(reference: Reference, groups: list[Group], token_budget: int | None = None) -> list[float]:
-    return reference.logprobs(groups, token_budget, True, OneProcess()).tolist()
+    how: dict[str, Any] = {"token_budget": token_budget, "share_prefix": True, "processes": OneProcess()}
+    with reference.weights() as scorer:
+        return score_groups(scorer, groups, **how).tolist()
 
 
 def naive(model: torch.nn.Module, groups: list[Group]) -> list[float]:
@@ -75,7 +88,7 @@ def ref_logprobs(groups: list[Group]) -> list[float]:
 def test_initial_scores_under_the_weights_at_the_start(token_budget: int | None) -> None:
     model, groups = tiny_model(), offline_groups(5)
     start = copy.deepcopy(model)
-    reference = Reference("initial", Scorer(model))
+    reference = started("initial", model)
     moved(model)
     after = weights(model)
     assert refs(reference, groups, token_budget) == pytest.approx(naive(start, groups), abs=1e-4)
@@ -85,7 +98,7 @@ def test_initial_scores_under_the_weights_at_the_start(token_budget: int | None)
 
 def test_rollout_scores_under_the_weights_of_now() -> None:
     model, groups = tiny_model(), offline_groups(3)
-    reference = Reference("rollout", Scorer(model))
+    reference = started("rollout", model)
     moved(model)
     assert refs(reference, groups) == pytest.approx(naive(model, groups), abs=1e-4)
     assert reference.state_dict() == {}
@@ -93,7 +106,7 @@ def test_rollout_scores_under_the_weights_of_now() -> None:
 
 def test_an_integer_renews_every_n_rollouts() -> None:
     model, groups = tiny_model(), offline_groups(3)
-    reference = Reference(2, Scorer(model))
+    reference = started(2, model)
     scored = []
     held = None
     for rollout in range(5):
@@ -110,20 +123,20 @@ def test_an_integer_renews_every_n_rollouts() -> None:
 def test_a_path_is_another_model(tmp_path: Path) -> None:
     other, model, groups = tiny_model(7), tiny_model(), offline_groups(3)
     other.save_pretrained(tmp_path / "other")
-    reference = Reference(str(tmp_path / "other"), Scorer(model))
+    reference = started(str(tmp_path / "other"), model)
     moved(model)
     assert refs(reference, groups) == pytest.approx(naive(other, groups), abs=1e-4)
 
 
 def test_an_adapters_snapshot_is_the_adapter() -> None:
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    reference = Reference("initial", Scorer(model))
+    reference = started("initial", model)
     assert len(reference.state_dict()) == 2 and all("lora" in name for name in reference.state_dict())
 
 
 def test_the_weights_come_back_bit_for_bit_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    reference = Reference("initial", Scorer(model))
+    reference = started("initial", model)
     start = reference.state_dict()
     start = {name: value.clone() for name, value in start.items()}
     moved(model)
@@ -141,29 +154,137 @@ def test_the_weights_come_back_bit_for_bit_after_an_exception(monkeypatch: pytes
 
 
 def test_no_groups_no_log_probs() -> None:
-    assert refs(Reference("initial", Scorer(tiny_model())), []) == []
+    assert refs(started("initial", tiny_model()), []) == []
 
 
 # In training
 
 
-def test_initial_in_training() -> None:
-    model = tiny_model()
-    start = copy.deepcopy(model)
-    trainer = GVPOTrainer(model, prompts(), first_token, config=settings(reference="initial", max_steps=6))
-    rollouts = recorded(trainer)
-    assert len(rollouts) == 3
-    for groups in rollouts:
-        assert ref_logprobs(groups) == pytest.approx(sequence_logprobs(start, groups).tolist(), abs=1e-4)
-    assert trainer.history[-1]["log_ratio/max"] > 0.01
+def initial(start: nn.Module, at_rollout: list[nn.Module], rollout: int) -> nn.Module:
+    return start
 
 
-def test_a_path_in_training(tmp_path: Path) -> None:
-    other = tiny_model(7)
-    other.save_pretrained(tmp_path)
-    config = settings(reference=str(tmp_path), max_steps=4)
-    groups = recorded(GVPOTrainer(tiny_model(), offline_groups(), config=config))[-1]
-    assert ref_logprobs(groups) == pytest.approx(naive(other, groups), abs=1e-4)
+def at_rollout(start: nn.Module, at_rollout: list[nn.Module], rollout: int) -> nn.Module:
+    return at_rollout[rollout]
+
+
+def every_second(start: nn.Module, at_rollout: list[nn.Module], rollout: int) -> nn.Module:
+    return at_rollout[rollout - rollout % 2]
+
+
+def adapted(seed: int = 0, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    return get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], **options))
+
+
+def models(training: str) -> tuple[nn.Module, nn.Module]:
+    """A model to train, and another of the same shapes whose parameters are elsewhere."""
+    if training == "full":
+        return tiny_model(), tiny_model(7)
+    zero = training == "adapter"
+    return adapted(init_lora_weights=zero), adapted(5, init_lora_weights=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, nn.Module]]:
+    """For each way to train: a checkpoint of another run, and the model that it holds."""
+    made = {}
+    for training in ("full", "adapter", "adapter from anywhere"):
+        folder = tmp_path_factory.mktemp("other")
+        model = models(training)[1]
+        data, where = offline_groups(4, seed=3), str(folder)
+        run(model, data, max_steps=1, save_steps=1, output_dir=where, reference="initial", learning_rate=0.1)
+        made[training] = (str(folder / "checkpoints" / "step-1"), model)
+    return made
+
+
+@pytest.mark.parametrize("training", ["full", "adapter", "adapter from anywhere"])
+@pytest.mark.parametrize(
+    ("schedule", "storage"),
+    [
+        ("rollout", "cpu"),
+        ("initial", "cpu"),
+        ("initial", "disk"),
+        (2, "cpu"),
+        (2, "disk"),
+        ("model", "cpu"),
+        ("checkpoint", "cpu"),
+        ("checkpoint", "disk"),
+    ],
+)
+def test_every_schedule_in_training(
+    tmp_path: Path,
+    checkpoint_of: dict[str, tuple[str, nn.Module]],
+    schedule: Any,
+    storage: str,
+    training: str,
+) -> None:
+    model, _ = models(training)
+    start, under = copy.deepcopy(model), {"rollout": at_rollout, "initial": initial, 2: every_second}.get(schedule)
+    reference = schedule
+    if schedule == "model":
+        other = tiny_model(7)
+        other.save_pretrained(tmp_path)
+        reference, under = str(tmp_path), lambda *args: other
+    elif schedule == "checkpoint":
+        reference, other = checkpoint_of[training]
+        under = lambda *args: other  # noqa: E731
+    assert under is not None
+    rate = 0.05 if training == "full" else 0.5
+    options = {"reference": reference, "reference_storage": storage, "max_steps": 6, "learning_rate": rate}
+    trainer = GVPOTrainer(model, [*prompts(3), *offline_groups(3)], first_token, config=settings(**options))
+    policies, seen = trained_under_watch(trainer)
+    assert len(policies) == 3 and [rollout for rollout, _, _ in seen] == [0, 0, 1, 1, 2, 2]
+    largest = 0.0
+    for rollout, groups, policy in seen:
+        expected = naive(under(start, policies, rollout), groups)
+        assert ref_logprobs(groups) == pytest.approx(expected, abs=2e-4)
+        largest = max(largest, *(abs(a - b) for a, b in zip(expected, naive(policy, groups), strict=True)))
+    # Had the policy not moved away, any weights would have done.
+    assert largest > 1
+
+
+def trained_under_watch(trainer: GVPOTrainer) -> tuple[list[nn.Module], list[tuple[int, list[Group], nn.Module]]]:
+    """Train. Returns the policy at the beginning of every rollout, and of every update: rollout, groups, policy."""
+    policies: list[nn.Module] = []
+    seen: list[tuple[int, list[Group], nn.Module]] = []
+    draw, gradients = trainer._draw, loop_module.group_gradients
+
+    def drawing() -> list[Group]:
+        policies.append(copy.deepcopy(trainer.model))
+        return draw()
+
+    def watching(scorer: Any, groups: list[Group], **options: Any) -> Any:
+        seen.append((len(policies) - 1, copy.deepcopy(groups), copy.deepcopy(trainer.model)))
+        return gradients(scorer, groups, **options)
+
+    trainer._draw = drawing  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module, "group_gradients", watching)
+        trainer.train()
+    return policies, seen
+
+
+@pytest.mark.parametrize("objective", ["gvpo", "grpo"])
+@pytest.mark.parametrize("training", ["full", "adapter from anywhere"])
+@pytest.mark.parametrize("schedule", ["initial", 2, "checkpoint"])
+def test_where_a_snapshot_lives_changes_no_bit(
+    tmp_path: Path,
+    checkpoint_of: dict[str, tuple[str, nn.Module]],
+    schedule: Any,
+    training: str,
+    objective: str,
+) -> None:
+    made = []
+    for storage in ("cpu", "disk"):
+        reference = checkpoint_of[training][0] if schedule == "checkpoint" else schedule
+        where = {"reference_storage": storage, "output_dir": str(tmp_path / storage), "save_steps": 3}
+        model = models(training)[0]
+        history = run(model, prompts(), first_token, reference=reference, objective=objective, **where).history
+        snapshot = load_file(tmp_path / storage / "checkpoints" / "step-3" / "reference.safetensors")
+        made.append((history, weights(model), snapshot))
+    assert made[0][0] == made[1][0]
+    assert same_weights(made[0][1], made[1][1]) and same_weights(made[0][2], made[1][2])
 
 
 @pytest.mark.parametrize("options", [{}, {"token_budget": 12}, {"share_prefix": False}, {"bf16": True}])
@@ -253,3 +374,72 @@ def test_a_missing_reference_is_refused_before_weights_load() -> None:
         GVPOTrainer("./no-model", prompts(), first_token, config=settings(reference="./no-reference"))
     with pytest.raises(UserError, match="no-reference': no such folder"):
         GVPOTrainer(tiny_model(), prompts(), first_token, config=settings(reference="./no-reference"))
+
+
+# A checkpoint as the reference
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, checkpoint_of: dict[str, tuple[str, nn.Module]]) -> Path:
+    """A checkpoint of a full run, to be broken."""
+    return Path(shutil.copytree(checkpoint_of["full"][0], tmp_path / "step-1"))
+
+
+def refusal(reference: Path, model: Any = None) -> str:
+    with pytest.raises(UserError) as caught:
+        run(tiny_model() if model is None else model, prompts(), first_token, reference=str(reference))
+    assert "\n" not in str(caught.value) and str(reference) in str(caught.value)
+    return str(caught.value)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 64
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_refused_before_weights_load(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(loop_module, "load_model", lambda name: pytest.fail("weights were loaded"))
+    flip(checkpoint / "parameters.safetensors")
+    assert "damaged" in refusal(checkpoint, tmp_path / "model")
+    (checkpoint / "parameters.safetensors").unlink()
+    assert "parameters.safetensors" in refusal(checkpoint, tmp_path / "model")
+    (checkpoint / "state.json").write_text("{")
+    assert "state.json is damaged" in refusal(checkpoint, tmp_path / "model")
+
+
+def test_a_checkpoint_without_its_state(checkpoint: Path) -> None:
+    (checkpoint / "state.json").unlink()
+    assert "no state.json" in refusal(checkpoint)
+
+
+def test_the_parameters_alone_count(checkpoint: Path) -> None:
+    flip(checkpoint / "optimizer.safetensors")
+    run(tiny_model(), prompts(), first_token, reference=str(checkpoint), max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (lambda: tiny_model(hidden_size=32), r"lm_head.weight is \(16, 16\) there and \(16, 32\) here"),
+        (lambda: tiny_model(num_hidden_layers=2), r"layers.1.\S+ is absent there and \(16,?.*\) here"),
+        (adapted, r"is \(\d+.*\) there and absent here|is absent there and \(.*\) here"),
+    ],
+)
+def test_a_checkpoint_of_another_model(checkpoint: Path, model: Any, says: str) -> None:
+    message = refusal(checkpoint, model())
+    assert "not this model's" in message and re.search(says, message)
+
+
+def test_a_run_goes_on_without_reading_what_it_was_anchored_to(checkpoint: Path, tmp_path: Path) -> None:
+    options = {"reference": str(checkpoint), "max_steps": 6, "save_steps": 3}
+    whole = run(tiny_model(), prompts(), first_token, output_dir=str(tmp_path / "run"), **options)
+    again = GVPOTrainer(tiny_model(3), prompts(), first_token, config=settings(**options))
+    # As if the folder had been written anew between the check and the start.
+    tensors = {name: value + 1 for name, value in load_file(checkpoint / "parameters.safetensors").items()}
+    save_file(tensors, checkpoint / "parameters.safetensors")
+    again.train(resume_from_checkpoint=tmp_path / "run" / "checkpoints" / "step-3")
+    assert again.history == whole.history[3:] and same_weights(weights(again.model), weights(whole.model))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gvpo.groups import Group
 from gvpo.models.encoding import EncodedGroup, encode_groups
@@ -44,18 +44,24 @@ def score_checks(scorer: Scorer, groups: Sequence[Group], *, half: bool = False)
     encoded = encode_groups(groups, None)
     apart_N, again_N = (_scores(scorer, encoded, share_prefix=False) for _ in range(2))
     own_N = own_logprobs(causal_lm(scorer.model), encoded)
-    half = half or next(scorer.parameters()).dtype in (torch.bfloat16, torch.float16)
+    limit = tolerance(scorer, half=half)
     tokens_N = torch.tensor([max(count, 1) for group in encoded for count in _scored_tokens(group)])
     equal = torch.equal(apart_N, again_N)
     detail = "equal bit for bit" if equal else f"{float((apart_N - again_N).abs().max()):.3g} nats apart"
     checks = [
         Check("the same score, twice", equal, detail),
-        _close("log-prob head, against the model's logits", apart_N, own_N, tokens_N, half),
+        _close("log-prob head, against the model's logits", apart_N, own_N, tokens_N, limit),
     ]
     if scorer.shares_prefix:
         shared_N = _scores(scorer, encoded, share_prefix=True)
-        checks.append(_close(SHARING, shared_N, apart_N, tokens_N, half))
+        checks.append(_close(SHARING, shared_N, apart_N, tokens_N, limit))
     return checks
+
+
+def tolerance(scorer: nn.Module, *, half: bool = False) -> float:
+    """Nats per token that two ways to compute one score may differ by; half: whether half-precision autocast is on."""
+    half = half or next(scorer.parameters()).dtype in (torch.bfloat16, torch.float16)
+    return HALF_TOLERANCE if half else TOLERANCE
 
 
 def own_logprobs(model: Any, groups: Sequence[EncodedGroup]) -> Tensor:
@@ -82,8 +88,7 @@ def _scored_tokens(group: EncodedGroup) -> list[int]:
     ]
 
 
-def _close(name: str, one_N: Tensor, other_N: Tensor, tokens_N: Tensor, half: bool) -> Check:
-    limit = HALF_TOLERANCE if half else TOLERANCE
+def _close(name: str, one_N: Tensor, other_N: Tensor, tokens_N: Tensor, limit: float) -> Check:
     difference_N = (one_N.double() - other_N.double()).abs().cpu()
     worst = float((difference_N / tokens_N).max())
     detail = f"{float(difference_N.max()):.2g} nats, {worst:.2g} per token (limit {limit:g})"

@@ -71,8 +71,16 @@ class GVPOConfig(BaseModel):
     reference: str | PositiveInt | None = Field(
         None,
         description="Policy the KL is taken against: 'rollout' (the policy that drew the groups), 'initial', an "
-        "integer n (renewed every n rollouts), or a model path. Default: 'rollout' when sampling, 'initial' when all "
-        "data is offline.",
+        "integer n (renewed every n rollouts), or the path of a model or of a run's checkpoint. Default: 'rollout' "
+        "when sampling, 'initial' when all data is offline.",
+    )
+    reference_storage: Literal["cpu", "disk"] = Field(
+        "cpu", description="Where a snapshot for the reference lives: in host memory, or in a file in the run folder."
+    )
+    trust_ref_logprobs: bool = Field(
+        False,
+        description="Use the ref_logprob that data bring, after comparing one batch, instead of scoring anew. For a "
+        "fixed reference only.",
     )
     allow_unanchored: bool = Field(
         False, description="Accept a moving reference on offline-only data, where nothing holds the policy back."
@@ -159,7 +167,10 @@ class GVPOConfig(BaseModel):
             if near and near[0] != value and "/" not in value:
                 raise ValueError(f"did you mean {near[0]!r}? (write a folder of that name as ./{value})")
             return value
-        raise ValueError("must be 'rollout', 'initial', an integer from 1 (renewed every n rollouts), or a model path")
+        raise ValueError(
+            "must be 'rollout', 'initial', an integer from 1 (renewed every n rollouts), or the path of a model or "
+            "checkpoint"
+        )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gvpo.groups import Group, teaching
 from gvpo.models.encoding import end_token_ids
 from gvpo.models.loading import load_model
 from gvpo.models.modes import disable_dropout, enable_checkpointing
-from gvpo.models.score_checks import score_checks
+from gvpo.models.score_checks import score_checks, tolerance
 from gvpo.models.scoring import Scorer, unwrapped
 from gvpo.report.model_card import model_card
 from gvpo.rewards.fill import fill_rewards
@@ -38,7 +39,8 @@ from gvpo.training.metrics import members_of, update_metrics
 from gvpo.training.optimizer import make_optimizer, make_schedule
 from gvpo.training.plan import RewardFuncs, RunPlan, plan_run, support_gap
 from gvpo.training.processes import current_processes
-from gvpo.training.reference import Reference, keep_reference, keep_rollout
+from gvpo.training.refer import Trust, refer
+from gvpo.training.reference import Reference, score_groups
 from gvpo.training.reporter import Reporter, Stopwatch
 from gvpo.training.run_folder import RunFolder, checkpoints, disk, new_folder
 from gvpo.training.run_sources import RunSources, drawn_tokens
@@ -101,8 +103,11 @@ class GVPOTrainer:
         scorer = Scorer(self.model)
         self.scorer, self.optimizer = self.accelerator.prepare(scorer, make_optimizer(scorer, config))
         self.scheduler = make_schedule(self.optimizer.optimizer, config, plan.updates)
-        self.reference = Reference(plan.reference, self.scorer)
+        where: dict[str, Any] = {"storage": config.reference_storage, "folder": config.output_dir}
+        self.reference = Reference(plan.reference, self.scorer, **where)
         self.objective = find_objective(config.objective)
+        limit = tolerance(scorer, half=config.bf16)
+        self.trust = Trust(config.trust_ref_logprobs, self.objective.per_token, limit, self.processes)
         # With one update per rollout the policy is still the one that drew the groups, and its own reference: the
         # log-ratio is zero, nothing needs scoring.
         fresh = config.updates_per_rollout * config.epochs_per_rollout == 1
@@ -215,17 +220,12 @@ class GVPOTrainer:
         config, per_token = self.config, self.objective.per_token
         if self.own_reference and (self.own_rollout or not per_token):
             return
-        for update in range(config.updates_per_rollout):
-            batch = self._batch(update)
-            members = [completion for group in batch.groups for completion in group.completions]
-            how = (batch.groups, config.token_budget, config.share_prefix, self.processes)
-            with self.stopwatch("reference"), self._autocast():
-                logps = self.reference.logprobs(*how, per_token=per_token)
-                keep_reference(members, logps)
-                if per_token and not self.own_rollout:
-                    if self.reference.kind != "rollout":
-                        logps = Reference("rollout", self.scorer).logprobs(*how, per_token=True)
-                    keep_rollout(members, logps)
+        how: dict[str, Any] = {"token_budget": config.token_budget, "share_prefix": config.share_prefix}
+        score = partial(score_groups, **how, processes=self.processes, per_token=per_token)
+        policy = self.scorer if per_token and not self.own_rollout else None
+        batches = [self._batch(update) for update in range(config.updates_per_rollout)]
+        with self.stopwatch("reference"), self._autocast():
+            refer(batches, self.reference, score, self.trust, policy)
 
     def _remember(self, rows: list[Row], groups: list[Group]) -> None:
         """groups -> replay, those that were made for a prompt of the dataset in this rollout."""
@@ -382,6 +382,7 @@ class GVPOTrainer:
         goes_on = is_of_run(checkpoint, config.output_dir)
         folder = RunFolder(config.output_dir if self.processes.is_main else None, resume=goes_on)
         self.processes.wait()
+        self.reference.start()
         if checkpoint is not None:
             self.state.load(checkpoint)
             self.progress.groups = self.processes.mine(self.progress.groups)

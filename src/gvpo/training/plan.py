@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from gvpo.errors import UserError, nearest
+from gvpo.errors import UserError, located, nearest
 from gvpo.models.loading import check_model
 from gvpo.rewards.calling import check_signatures
 from gvpo.rewards.resolve import RewardFunction, resolve_rewards
@@ -19,8 +19,10 @@ from gvpo.sources.dataset import Row, column_names, read_rows
 from gvpo.sources.files import GroupFiles
 from gvpo.sources.mixture import Mixture
 from gvpo.sources.specs import PolicySpec, Spec, TeacherSpec, read_sources
+from gvpo.training.checkpoint import _check_files, _state, find_checkpoint
 from gvpo.training.config import ConfigError, GVPOConfig
 from gvpo.training.data_checks import check_columns, check_demonstrations, check_rewards
+from gvpo.training.reference import PARAMETERS, is_checkpoint
 
 RewardFuncs = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
 
@@ -83,8 +85,7 @@ def plan_run(
         check_model(model)
     elif not hasattr(model, "config"):
         raise UserError(f"model is a {type(model).__name__}; give a causal language model of transformers")
-    if isinstance(reference, str) and reference not in ("rollout", "initial"):
-        check_model(reference)
+    _check_reference(reference)
     for spec in mixture.given:
         if isinstance(spec, TeacherSpec):
             check_model(spec.model)
@@ -106,7 +107,7 @@ def _read_prompts(config: GVPOConfig, train_dataset: Any, mixture: Mixture) -> l
 def choose_reference(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) -> str | int:
     """The reference of a run: as configured, else "initial" for offline-only data and "rollout" where a source samples.
 
-    Raises UserError for a moving reference on offline-only data, unless allow_unanchored.
+    Raises UserError for a moving reference on offline-only data, unless allow_unanchored, or with trust_ref_logprobs.
     """
     open_rows = not all(row.offline for row in rows)
     # Samplers that follow the weights that this run publishes draw from its policy, only elsewhere.
@@ -119,6 +120,12 @@ def choose_reference(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) 
             "reference",
             f"{reference!r} on offline-only data has no anchor, the policy would collapse; use 'initial' or a model "
             "path, or set allow_unanchored",
+        )
+    if config.trust_ref_logprobs and (reference == "rollout" or isinstance(reference, int)):
+        raise ConfigError(
+            "trust_ref_logprobs",
+            f"the reference is {reference!r}, which moves with the policy: no number in the data can be its own; use "
+            "reference='initial' or a path, or leave it false",
         )
     return reference
 
@@ -163,6 +170,18 @@ def support_gap(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) -> st
     if all(one.top_p < 1 or one.top_k > 0 for one in drawing):
         return "all sampling is truncated by top_p or top_k (docs/lab.md, sampling/top-k-alone)"
     return None
+
+
+def _check_reference(reference: str | int) -> None:
+    """Refuse a path that is no model's, and a checkpoint whose parameters are not those that were written."""
+    if isinstance(reference, int) or reference in ("rollout", "initial"):
+        return
+    if not is_checkpoint(reference):
+        check_model(reference)
+        return
+    with located("config, field 'reference'"):
+        folder = find_checkpoint(reference, None)
+        _check_files(folder, {PARAMETERS: _state(folder)["sha256"].get(PARAMETERS, "")})
 
 
 def _check_members(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) -> None:
