@@ -93,11 +93,11 @@ def test_the_policys_own_rollouts_reach_the_optimum() -> None:
 
 
 def test_offline_groups_of_a_different_model_reach_the_optimum() -> None:
-    # At half its scale every sequence is drawn 8 times or more on average: what is never seen cannot be fitted.
-    other = exact_logprobs(tiny_llama(1, scale=0.5))
-    assert float(other.exp().min()) * UPDATES * MEMBERS > 8
+    # Flat enough for every sequence to be drawn 20 times on average: what is never seen cannot be fitted.
+    other = exact_logprobs(tiny_llama(1, scale=0.3))
+    assert float(other.exp().min()) * UPDATES * MEMBERS > 20
     assert total_variation(other, exact_logprobs(tiny_llama())) > 0.3
-    before, after = train(data=offline_groups(other.exp().tolist()))
+    before, after = train(data=offline_groups(other.exp().tolist()), learning_rate=2e-3)
     assert before > 0.3
     assert after < 0.03
 
