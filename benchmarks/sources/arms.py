@@ -9,7 +9,7 @@ from typing import Any
 
 from gvpo.cli.demo import FULL_MARKS, brevity, make_task
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "learning"))
+sys.path.append(str(Path(__file__).parent.parent / "learning"))
 import language
 
 PROMPTS, HELD_OUT = 32, 100

@@ -2,8 +2,9 @@
 
     python benchmarks/sources/report.py
 
-Means over the seeds that reached the goal, with 95 % intervals (Student's t); the last column is the mean ratio of tokens
-to the on-policy run's of the same seed (same task, start and prompts), over the seeds that reached the goal both times.
+Means over the seeds that reached the goal, with 95 % intervals (Student's t); the last column is the mean ratio of
+tokens to the on-policy run's of the same seed (same task, start and prompts), over the seeds that reached the goal both
+times.
 """
 
 from __future__ import annotations
