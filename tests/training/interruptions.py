@@ -47,8 +47,13 @@ def noisy(completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float 
     return [None if d > 2.5 else ids[0] / VOCABULARY + d / 10 for ids, d in zip(completion_ids, draws, strict=True)]
 
 
-def trainer_in(folder: Path | None, seed: int = 0, process: int = 0, **options: Any) -> GVPOTrainer:
-    """Six updates of 2 groups, 2 a rollout, evaluations, a snapshot as reference.
+SOURCES = [{"type": "policy"}, {"type": "replay", "members": 1, "groups": 1, "capacity": 5}]
+
+
+def trainer_in(
+    folder: Path | None, seed: int = 0, process: int = 0, sources: Any = SOURCES, **options: Any
+) -> GVPOTrainer:
+    """Six updates of 2 groups, 2 a rollout, with replay, evaluations, and a snapshot as reference.
 
     seed: of the weights, and with the process of all generators.
     """
@@ -63,7 +68,7 @@ def trainer_in(folder: Path | None, seed: int = 0, process: int = 0, **options: 
     model = tiny_model(seed)
     for seeding in (random.seed, np.random.seed, torch.manual_seed):
         seeding(100 * seed + process)
-    return GVPOTrainer(model, prompts(7), noisy, config=settings(**values), eval_dataset=prompts(2))
+    return GVPOTrainer(model, prompts(3), noisy, config=settings(**values), eval_dataset=prompts(2), sources=sources)
 
 
 def strike(point: Point, call: int, action: Callable[[], Any]) -> Callable[[], None]:

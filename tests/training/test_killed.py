@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("point", "call", "left"),
     [
         ("sampling", 14, ["step-2"]),
-        ("reward", 20, ["step-2"]),
+        ("reward", 19, ["step-2"]),
         ("reference", 3, ["step-2"]),
         ("backward", 5, ["step-2", "step-4"]),
         ("after the step", 4, ["step-2"]),

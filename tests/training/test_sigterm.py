@@ -46,7 +46,7 @@ STRIKES = [
     ("sampling", 14, 2, False),
     ("reward", 4, 0, False),
     ("reward", 16, 2, True),  # of the evaluation
-    ("reward", 24, 2, False),
+    ("reward", 19, 2, False),
     ("reference", 1, 0, False),
     ("reference", 3, 2, False),
     ("backward", 1, 1, False),

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,10 @@ class GroupFiles:
             for name, (groups, taken) in state["files"].items()
         }
         self._files |= {name: replace(file, taken=0) for name, file in now.items() if name not in self._files}
+
+    def mark(self) -> Callable[[], None]:
+        """What puts back what was taken to what it is now."""
+        return partial(self.load_state_dict, self.state_dict())
 
     def save(self, folder: Path) -> None:
         """Write what was taken into this folder."""

@@ -26,7 +26,7 @@ from gvpo.sources.dataset import Row
 from gvpo.sources.source import prompt_ids
 from gvpo.sources.specs import ReplaySpec
 
-FILE = "replay.sqlite"
+FILE, STATE = "replay.sqlite", "replay.json"
 
 _TABLE = """CREATE TABLE groups (
     number INTEGER PRIMARY KEY,  -- in the order of arrival
@@ -45,7 +45,8 @@ class ReplayBuffer:
         self.rollout = 0
         self._tokenizer = tokenizer
         # Without a name SQLite makes a file of its own in the folder for temporary files, gone when the process is.
-        self._db = sqlite3.connect("", isolation_level=None)
+        # A trainer may be made in one thread and train in another.
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.execute(_TABLE)
         self._db.execute("CREATE INDEX by_prompt ON groups (prompt)")
 
@@ -91,7 +92,8 @@ class ReplayBuffer:
         )
 
     def save(self, folder: Path) -> None:
-        """Copy the groups into a file of this folder."""
+        """Copy the groups into a file of this folder, and the rollout that their age counts to into another."""
+        (folder / STATE).write_text(json.dumps({"rollout": self.rollout}), encoding="utf-8")
         with _disk(folder):
             self._db.execute("VACUUM INTO ?", (str(folder / FILE),))
 
@@ -100,6 +102,7 @@ class ReplayBuffer:
         saved = sqlite3.connect(f"{(folder / FILE).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         with _disk(), closing(saved):
             saved.backup(self._db)
+        self.rollout = json.loads((folder / STATE).read_text(encoding="utf-8"))["rollout"]
 
     def _values(self, group: Group, update: int) -> tuple[Any, ...]:
         members = [

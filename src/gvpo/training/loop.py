@@ -115,7 +115,8 @@ class GVPOTrainer:
         self.sampler = TorchSampler(self.model, end_token_ids(self.model, self.tokenizer))
         self.sources = RunSources(plan, config, self.sampler, self.tokenizer, self.model)
         run = RunIdentity(config, plan)
-        self.state = TrainingState(scorer, self.optimizer.optimizer, self.scheduler, self.reference, run)
+        state = (scorer, self.optimizer.optimizer, self.scheduler, self.reference, run, self.sources.stateful)
+        self.state = TrainingState(*state)
         self.sigterm = Sigterm()
         self.history: list[dict[str, Any]] = []
         self.stopwatch = Stopwatch()
@@ -216,6 +217,7 @@ class GVPOTrainer:
         """prompts -> sources -> groups: this process's share of the next rollout, and the rows it was made for."""
         config, progress = self.config, self.progress
         self.reference.before_rollout(progress.rollout)
+        self.sources.begin(progress.rollout)
         with self.stopwatch("rollout"), self._autocast():
             place = (progress.rollout, progress.update)
             whole = self.processes.share(self.sources.whole(*place, report.note) if self.processes.is_main else [])
