@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from interruptions import POINTS, strike, trainer_in
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +28,7 @@ from gvpo.groups import Group
 from gvpo.models.scoring import Scorer
 from gvpo.training import update
 from gvpo.training.loop import GVPOTrainer
+from gvpo.training.preemption import Stopped
 from gvpo.training.processes import OneProcess
 from gvpo.training.reference import score_groups
 from gvpo.training.update import accumulate_gradients
@@ -201,6 +206,47 @@ def wrapped_gradient(rank: int | None) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+class Killed(BaseException):
+    """Stands in for a kill, in all processes at once."""
+
+
+def interrupted(folder: Path) -> dict[str, Any]:
+    """The run `two-whole`, and two that were interrupted and gone on with: `two-killed`, and `two-stopped` by SIGTERM.
+
+    Every process draws its own noise. The run that is told to stop is told in the second process alone, while it draws
+    its rewards for the second rollout. Returns what each process says of it.
+    """
+    rank, options = torch.distributed.get_rank(), {"save_steps": 3}
+    trainer_in(folder / "two-whole", process=rank, **options).train()
+
+    trainer = trainer_in(folder / "two-killed", process=rank, **options)
+
+    def die() -> None:
+        raise Killed
+
+    undo = strike(POINTS["backward"](trainer), 5, die)
+    with suppress(Killed):
+        trainer.train()
+    undo()
+
+    trainer = trainer_in(folder / "two-stopped", process=rank, **options)
+    undo = (lambda: None) if rank == 0 else strike(POINTS["reward"](trainer), 10, terminate)
+    told = {"updates": [], "codes": []}
+    try:
+        trainer.train()
+    except Stopped as stopped:
+        told = {"updates": gather_object([stopped.update]), "codes": gather_object([stopped.code])}
+    undo()
+
+    for name in ("two-killed", "two-stopped"):
+        trainer_in(folder / name, seed=5, process=rank, **options).train(resume_from_checkpoint=True)
+    return told
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(folder: Path) -> None:
     """Every scenario, in all processes of this launch."""
     for name, scenario in SCENARIOS.items():
@@ -214,6 +260,9 @@ def main(folder: Path) -> None:
             save_file(mine, folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(told))
     rank = torch.distributed.get_rank()
+    told = interrupted(folder)
+    if rank == 0:
+        (folder / "stopped.json").write_text(json.dumps(told))
     save_file({"gradient": wrapped_gradient(rank)}, folder / f"gradient-{rank}.safetensors")
 
 

@@ -162,7 +162,7 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(
     model = adapted(init_lora_weights=goes_on_from_zero)
     again = GVPOTrainer(model, prompts(), first_token, config=settings(**options))
     again.train(resume_from_checkpoint=folder)
-    assert again.history == whole.history[3:] and again.history[-1]["log_ratio/max"] > 0.05
+    assert again.history == whole.history and again.history[-1]["log_ratio/max"] > 0.05
     assert same_weights(weights(again.model), weights(whole.model))
     assert same_weights(again.reference.state_dict(), whole.reference.state_dict())
 

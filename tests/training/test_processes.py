@@ -12,10 +12,12 @@ from typing import Any
 import process_worker
 import pytest
 import torch
+from interruptions import differences
 from safetensors.torch import load_file
 from training_helpers import first_token, prompts, rows_of, same_weights, settings, tiny_model, weights
 
 from gvpo.group_files import read_groups
+from gvpo.training.checkpoint import _generators, _read_state
 from gvpo.training.loop import GVPOTrainer
 
 HERE = Path(__file__).parent
@@ -104,3 +106,23 @@ def test_the_main_process_alone_writes_and_any_number_goes_on(one: dict[str, Any
     for key, value in one["saving"][0].items():
         torch.testing.assert_close(weights(again.model)[key], value, rtol=1e-5, atol=1e-7)
     assert same_weights(load_file(two / "going_on.safetensors"), load_file(two / "saving.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["two-killed", "two-stopped"])
+def test_two_processes_go_on_bit_for_bit(name: str, two: Path) -> None:
+    assert differences(two / name, two / "two-whole") == []
+
+
+def test_two_processes_agree_to_stop_after_the_next_update(two: Path) -> None:
+    assert json.loads((two / "stopped.json").read_text()) == {"updates": [3, 3], "codes": [143, 143]}
+
+
+def test_each_process_takes_its_own_generators(two: Path) -> None:
+    folder = two / "two-whole" / "checkpoints" / "step-3"
+    states, tensors = _read_state(folder)["generators"], load_file(folder / "rng.safetensors")
+    assert len(states) == 2 and states[0] != states[1]
+    for process in range(5):
+        taken = _generators(states, tensors, process)
+        assert taken.python == states[process % 2]["python"]
+        assert torch.equal(taken.torch["torch"], tensors[f"{process % 2}/torch"])
+    assert not torch.equal(tensors["0/torch"], tensors["1/torch"])

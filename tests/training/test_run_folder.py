@@ -274,12 +274,23 @@ def test_rows_are_cut_back_to_an_update(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "timings.jsonl"):
         for update in range(4):
             folder.append(name, {"update": update, "value": 0.1 * update})
-    whole = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"update": 4, "va')  # a crash in the middle of a line
-    assert folder.cut_back(2, rollout=1) == [{"update": n, "value": 0.1 * n} for n in range(3)]
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(whole[:3])
-    assert len(rows_of(tmp_path / "timings.jsonl")) == 3
+    whole = (tmp_path / "timings.jsonl").read_text().splitlines(keepends=True)
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"update": 4, "va')  # a crash in the middle of a line
+    history = [{"update": n, "value": 0.1 * n} for n in range(3)]
+    folder.cut_back(2, 1, history)
+    assert rows_of(tmp_path / "metrics.jsonl") == history
+    assert (tmp_path / "timings.jsonl").read_text() == "".join(whole[:3])
+
+
+def test_a_file_that_holds_no_rows_is_refused_before_anything_goes(tmp_path: Path) -> None:
+    (tmp_path / "timings.jsonl").write_text("mine\n")
+    (tmp_path / "checkpoints" / "step-4").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"timings\.jsonl: not the rows of a run"):
+        RunFolder(tmp_path, resume=True).cut_back(2, 1, [{"update": 2}])
+    assert {file.name for file in tmp_path.iterdir()} == {"timings.jsonl", "checkpoints"}
+    assert checkpoints(tmp_path)
 
 
 def test_checkpoints_are_listed_oldest_first(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The `gvpo` command: finds the subcommand, and turns what the user got wrong into one line.
 
 Nothing heavy is imported here, so that `gvpo --help` answers at once; a command's module is imported when it is called.
-Exit codes: 0 done, 1 a check failed or a bug of ours (with its traceback), 2 a mistake of the user, 130 interrupted.
+Exit codes: 0 done, 1 a check failed or a bug of ours (with its traceback), 2 a mistake of the user, 130 interrupted,
+143 stopped by SIGTERM with a checkpoint saved.
 """
 
 from __future__ import annotations

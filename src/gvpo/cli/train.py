@@ -44,6 +44,7 @@ def train(
         show("Nothing is trained; this run would be", facts)
         return
     from gvpo.training.loop import GVPOTrainer
+    from gvpo.training.preemption import EXIT_CODE, Stopped
 
     trainer = GVPOTrainer(
         run.model,
@@ -53,7 +54,15 @@ def train(
         eval_dataset=run.eval_dataset,
         sources=run.sources,
     )
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except Stopped as stopped:
+        if is_main:
+            print(
+                f"Stopped by SIGTERM after update {stopped.update} of {trainer.total_updates}; {stopped.checkpoint} is "
+                "saved; the same command with --resume-from-checkpoint latest goes on."
+            )
+        raise typer.Exit(EXIT_CODE) from None
     if is_main:
         print(_where(run))
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,8 @@ class GroupFiles:
         self._files |= {name: replace(file, taken=0) for name, file in now.items() if name not in self._files}
 
     def mark(self) -> Callable[[], None]:
-        """What puts the state back to what it is now; files that were found since are found again."""
-        state = self.state_dict()
-        return lambda: self.load_state_dict(state)
+        """What puts back what was taken to what it is now."""
+        return partial(self.load_state_dict, self.state_dict())
 
     def save(self, folder: Path) -> None:
         """Write what was taken into this folder."""

@@ -45,7 +45,8 @@ class ReplayBuffer:
         self.rollout = 0
         self._tokenizer = tokenizer
         # Without a name SQLite makes a file of its own in the folder for temporary files, gone when the process is.
-        self._db = sqlite3.connect("", isolation_level=None)
+        # A trainer may be made in one thread and train in another.
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.execute(_TABLE)
         self._db.execute("CREATE INDEX by_prompt ON groups (prompt)")
 
@@ -91,7 +92,7 @@ class ReplayBuffer:
         )
 
     def save(self, folder: Path) -> None:
-        """Copy the groups into a file of this folder."""
+        """Copy the groups, and the rollout that their age counts to, into a file of this folder."""
         with _disk(folder):
             self._db.execute(f"PRAGMA user_version = {self.rollout}")
             self._db.execute("VACUUM INTO ?", (str(folder / FILE),))

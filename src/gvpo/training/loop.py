@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState
 
 from gvpo.errors import UserError
@@ -34,16 +31,19 @@ from gvpo.sources.policy import draw_seed
 from gvpo.training.checkpoint import Progress, TrainingState, find_checkpoint, is_of_run, prune_checkpoints
 from gvpo.training.config import GVPOConfig, dump_config
 from gvpo.training.data_checks import check_prompts
+from gvpo.training.devices import start_accelerate
 from gvpo.training.health import names_seen
 from gvpo.training.metrics import members_of, update_metrics
 from gvpo.training.optimizer import make_optimizer, make_schedule
-from gvpo.training.plan import RewardFuncs, RunPlan, plan_run, support_gap
+from gvpo.training.plan import RewardFuncs, plan_run, support_gap
+from gvpo.training.preemption import Sigterm, StopNow, Stopped
 from gvpo.training.processes import current_processes
 from gvpo.training.refer import Trust, refer
 from gvpo.training.reference import Reference, score_groups
 from gvpo.training.reporter import Reporter, Stopwatch
-from gvpo.training.run_folder import RunFolder, checkpoints, disk, new_folder
+from gvpo.training.run_folder import RunFolder, checkpoints, disk, new_folder, remove_folder
 from gvpo.training.run_sources import RunSources, drawn_tokens
+from gvpo.training.same_run import RunIdentity
 from gvpo.training.update import find_objective, group_gradients
 
 
@@ -87,7 +87,7 @@ class GVPOTrainer:
         self.total_updates = plan.updates
         self.dataset_name = str(train_dataset) if isinstance(train_dataset, str | Path) else None
 
-        self.accelerator = _start_accelerate(config)
+        self.accelerator = start_accelerate(config)
         self.processes = current_processes()
         self.model: Any = model
         self.tokenizer = tokenizer
@@ -118,8 +118,10 @@ class GVPOTrainer:
         self.order = PromptOrder(plan.rows, config.seed, shuffle=config.shuffle_dataset)
         self.sampler = TorchSampler(self.model, end_token_ids(self.model, self.tokenizer))
         self.sources = RunSources(plan, config, self.sampler, self.tokenizer, self.model)
-        identity = _identity(config, plan)
-        self.state = TrainingState(scorer, self.optimizer.optimizer, self.scheduler, self.reference, identity)
+        run = RunIdentity(config, plan)
+        state = (scorer, self.optimizer.optimizer, self.scheduler, self.reference, run, self.sources.stateful)
+        self.state = TrainingState(*state)
+        self.sigterm = Sigterm()
         self.history: list[dict[str, Any]] = []
         self.stopwatch = Stopwatch()
         self._checked = False
@@ -133,38 +135,64 @@ class GVPOTrainer:
         """Run to the last update and save the model. Returns the summary; the model is left in evaluation mode.
 
         resume_from_checkpoint: True = the newest checkpoint in output_dir, or a checkpoint's folder.
+        With an output_dir, in the main thread, SIGTERM has it save a checkpoint and raise Stopped, a SystemExit with
+        code 143: gvpo.training.preemption says within which time.
         Raises UserError if the run folder holds another run, a reward function fails, or the disk is full.
         """
         config, started = self.config, time.perf_counter()
-        folder = self._open_folder(resume_from_checkpoint)
-        self.scorer.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        span = {"total": self.total_updates, "start": self.progress.update}
-        with Reporter(config, folder, self.accelerator, self.history, self.stopwatch, **span) as report:
-            if self.progress.update == 0:
-                self._say_what_it_cannot_see(report)
-            if config.eval_on_start and self.progress.update == 0:
-                report.row({"update": 0, **self._evaluate(report)})
-            if self.progress.update >= self.total_updates:
-                report.note(f"nothing to train: {self.progress.update} of {self.total_updates} updates are done")
-            while self.progress.update < self.total_updates:
+        self.sigterm = Sigterm(config.output_dir is not None, at_once=self.processes.count == 1)
+        with self.sigterm:
+            folder, changed = self._open_folder(resume_from_checkpoint)
+            self.scorer.train()
+            self.optimizer.zero_grad(set_to_none=True)
+            span = {"total": self.total_updates, "start": self.progress.update}
+            with Reporter(config, folder, self.accelerator, self.history, self.stopwatch, **span) as report:
+                if changed:
+                    report.note(f"resumed with {'; '.join(changed)} (was -> is)")
+                with suppress(StopNow):
+                    self._run(report, folder)
+                    self.model.eval()
+                    return self._finish(folder, time.perf_counter() - started)
+                # What StopNow came through is gone by now, and whatever it held with it.
+                self.state.roll_back()
+                raise Stopped(self.progress.update, self._save_checkpoint(folder))
+
+    def _run(self, report: Reporter, folder: RunFolder) -> None:
+        """Update after update, from where the run is to its last."""
+        config = self.config
+        self.state.set_mark()
+        if self.progress.update == 0:
+            self._say_what_it_cannot_see(report)
+        if config.eval_on_start and not self.history:
+            report.row({"update": 0, **self._evaluate(report)})
+            self.state.set_mark()
+        if self.progress.update >= self.total_updates and self.progress.row is None:
+            report.note(f"nothing to train: {self.progress.update} of {self.total_updates} updates are done")
+        while self.progress.update < self.total_updates or self.progress.row is not None:
+            if self.progress.row is None:
                 if self.progress.batch == 0:
-                    rows, groups = self._draw(report)
-                    self._reward(unrewarded(rows, groups))
+                    with self.sigterm.interruptible():
+                        rows, groups = self._draw(report)
+                        self._reward(unrewarded(rows, groups))
                     self._keep(report, groups)
                     self._refer(groups)
                     self._remember(rows, groups)
                 self._check_scores_once(report)
-                row = self._update()
-                if self._due(config.eval_steps) or self.progress.update == self.total_updates:
-                    row |= self._evaluate(report)
-                report.row(row)
-                if self._due(config.save_steps):
-                    self._save_checkpoint(folder)
-                if self._due(config.publish_steps):
-                    self._publish(folder)
-            self.model.eval()
-            return self._finish(folder, time.perf_counter() - started)
+                self.progress.row = self._update()
+                self.state.set_mark()
+            row = self.progress.row
+            if self._due(config.eval_steps) or self.progress.update == self.total_updates:
+                self.sigterm.look_together(self.processes)
+                row = row | self._evaluate(report)
+            report.row(row)
+            self.progress.row = None
+            self.state.set_mark()
+            if self._due(config.save_steps):
+                self._save_checkpoint(folder)
+            if self._due(config.publish_steps):
+                self._publish(folder)
+            if self.progress.update < self.total_updates:
+                self.sigterm.look_together(self.processes)
 
     def evaluate(self) -> dict[str, float]:
         """Answer eval_dataset greedily, score it, and return the metrics (eval/...); empty without a dataset."""
@@ -193,6 +221,7 @@ class GVPOTrainer:
         """prompts -> sources -> groups: this process's share of the next rollout, and the rows it was made for."""
         config, progress = self.config, self.progress
         self.reference.before_rollout(progress.rollout)
+        self.sources.begin(progress.rollout)
         with self.stopwatch("rollout"), self._autocast():
             place = (progress.rollout, progress.update)
             whole = self.processes.share(self.sources.whole(*place, report.note) if self.processes.is_main else [])
@@ -221,7 +250,12 @@ class GVPOTrainer:
         if self.own_reference and (self.own_rollout or not per_token):
             return
         how: dict[str, Any] = {"token_budget": config.token_budget, "share_prefix": config.share_prefix}
-        score = partial(score_groups, **how, processes=self.processes, per_token=per_token)
+        how |= {"processes": self.processes, "per_token": per_token}
+
+        def score(scorer: nn.Module, groups: list[Group]) -> Tensor:
+            self.sigterm.look()
+            return score_groups(scorer, groups, **how)
+
         policy = self.scorer if per_token and not self.own_rollout else None
         batches = [self._batch(update) for update in range(config.updates_per_rollout)]
         with self.stopwatch("reference"), self._autocast():
@@ -328,10 +362,11 @@ class GVPOTrainer:
         if not self.plan.eval_rows:
             return {}
         config = self.config
-        with self.stopwatch("evaluation"), self._autocast():
-            mine = self.processes.mine(self.plan.eval_rows)
-            answers = answer_greedily(mine, self.sampler, self.tokenizer, config.max_completion_length)
-        logged = self._fill_rewards(answers)
+        with self.sigterm.interruptible():
+            with self.stopwatch("evaluation"), self._autocast():
+                mine = self.processes.mine(self.plan.eval_rows)
+                answers = answer_greedily(mine, self.sampler, self.tokenizer, config.max_completion_length)
+            logged = self._fill_rewards(answers)
         logged = {f"eval/{name}": value for name, value in self.processes.mean(logged, len(answers)).items()}
         answers = self.processes.interleave(answers)
         if report is not None:
@@ -376,26 +411,35 @@ class GVPOTrainer:
                 )
             report.note(f"warning: {check.name}: {check.detail}")
 
-    def _open_folder(self, resume: bool | str | Path | None) -> RunFolder:
-        config = self.config
+    def _open_folder(self, resume: bool | str | Path | None) -> tuple[RunFolder, list[str]]:
+        """The run's folder, and what has changed in the config since the checkpoint that is gone on from."""
+        config, changed = self.config, []
         checkpoint = find_checkpoint(resume, config.output_dir) if resume else None
         goes_on = is_of_run(checkpoint, config.output_dir)
         folder = RunFolder(config.output_dir if self.processes.is_main else None, resume=goes_on)
         self.processes.wait()
         self.reference.start()
         if checkpoint is not None:
-            self.state.load(checkpoint)
+            (process,) = self.processes.mine(range(self.processes.count))
+            self.history, changed = self.state.load(checkpoint, process)
             self.progress.groups = self.processes.mine(self.progress.groups)
-            self.history = folder.cut_back(self.progress.update, self.progress.rollout)
+            # What others still read is not to be cut.
+            self.processes.wait()
+            folder.cut_back(self.progress.update, self.progress.rollout, self.history)
         folder.create(dump_config(config))
-        return folder
+        return folder, changed
 
-    def _save_checkpoint(self, folder: RunFolder) -> None:
-        everyones = self.processes.interleave(self.progress.groups)
+    def _save_checkpoint(self, folder: RunFolder) -> Path:
+        mark = self.state.mark
+        groups = self.processes.interleave(mark.progress.groups)
+        generators = self.processes.interleave([mark.random])
+        target = Path(str(self.config.output_dir)) / "checkpoints" / f"step-{mark.progress.update}"
         if folder.path is not None:
-            self.state.save(folder.path / "checkpoints" / f"step-{self.progress.update}", everyones)
+            folder.sync_completions()
+            self.state.save(target, groups, generators, self.history)
             prune_checkpoints(checkpoints(folder.path), self.config.save_total_limit)
         self.processes.wait()
+        return target
 
     def _publish(self, folder: RunFolder) -> None:
         """A whole copy of the model for samplers that follow the run; those before the last two go."""
@@ -404,7 +448,7 @@ class GVPOTrainer:
         with new_folder(folder.path / "policy" / f"update-{self.progress.update:06d}") as model_folder:
             self.save_model(model_folder)
         for old in sorted((folder.path / "policy").glob("update-*"))[:-2]:
-            shutil.rmtree(old)
+            remove_folder(old)
 
     def _say_what_it_cannot_see(self, report: Reporter) -> None:
         if gap := support_gap(self.config, self.plan.rows, self.plan.mixture):
@@ -439,31 +483,3 @@ class Batch:
     groups: list[Group]
     numbers: list[int]
     members: int
-
-
-def _start_accelerate(config: GVPOConfig) -> Accelerator:
-    from accelerate.state import AcceleratorState
-
-    # accelerate keeps one state per process, and refuses a second trainer with another precision.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        # Without it, accelerate takes processes on CPUs for one each.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if config.bf16 else "no",
-        log_with=[*config.trackers] or None,
-        project_dir=config.output_dir,
-    )
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"accelerate was configured for {kind.value}, whose sharded weights are not supported; launch with "
-            "torchrun, or with accelerate's plain data-parallel mode"
-        )
-    return accelerator
-
-
-def _identity(config: GVPOConfig, plan: RunPlan) -> dict[str, Any]:
-    """What decides which prompts come when, and what they are fitted to: a checkpoint of another run differs here."""
-    names = ("objective", "seed", "shuffle_dataset", "groups_per_update", "updates_per_rollout", "epochs_per_rollout")
-    own = {"reference": plan.reference, "dataset rows": len(plan.rows), "sources": plan.mixture.described()}
-    return {name: getattr(config, name) for name in names} | own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from gvpo.errors import UserError
@@ -36,8 +37,8 @@ def make_optimizer(module: nn.Module, config: GVPOConfig) -> torch.optim.AdamW:
     )
 
 
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: GVPOConfig, updates: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+def make_schedule(optimizer: torch.optim.Optimizer, config: GVPOConfig, updates: int) -> LambdaLR:
     """The schedule of transformers that the config names, over this many updates."""
-    return get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, num_training_steps=updates)
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, num_training_steps=updates)
+    assert isinstance(schedule, LambdaLR)
+    return schedule

@@ -19,7 +19,7 @@ from gvpo.sources.dataset import Row, column_names, read_rows
 from gvpo.sources.files import GroupFiles
 from gvpo.sources.mixture import Mixture
 from gvpo.sources.specs import PolicySpec, Spec, TeacherSpec, read_sources
-from gvpo.training.checkpoint import _check_files, _state, find_checkpoint
+from gvpo.training.checkpoint import check_file, find_checkpoint
 from gvpo.training.config import ConfigError, GVPOConfig
 from gvpo.training.data_checks import check_columns, check_demonstrations, check_rewards
 from gvpo.training.reference import PARAMETERS, is_checkpoint
@@ -180,8 +180,7 @@ def _check_reference(reference: str | int) -> None:
         check_model(reference)
         return
     with located("config, field 'reference'"):
-        folder = find_checkpoint(reference, None)
-        _check_files(folder, {PARAMETERS: _state(folder)["sha256"].get(PARAMETERS, "")})
+        check_file(find_checkpoint(reference, None), PARAMETERS)
 
 
 def _check_members(config: GVPOConfig, rows: Sequence[Row], mixture: Mixture) -> None:

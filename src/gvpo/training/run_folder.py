@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,37 +35,47 @@ class RunFolder:
             return
         with disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(config, encoding="utf-8")
+            replace_text(self.path / "config.yaml", config)
 
-    def cut_back(self, update: int, rollout: int) -> list[dict[str, Any]]:
-        """Drop what was made after this update and rollout; a resumed run makes it again. Returns the metrics left.
+    def cut_back(self, update: int, rollout: int, history: Sequence[Mapping[str, Any]]) -> None:
+        """Make the folder what it was after this update and rollout: what came later is made again.
 
-        Later checkpoints go too: they are of a branch that is given up. So does a line that a crash left unfinished.
+        history: the rows of metrics.jsonl until then, which it will hold, in a new folder too. Later checkpoints go:
+        they are of a branch that is given up. So does what a crash left unfinished: a line, a file, a folder.
         """
         if self.path is None:
-            return []
+            return
         with disk(self.path):
-            # Rows first: a file that cannot be read stops here, before anything is gone.
-            metrics, _ = (self._keep_rows(self.path / name, update) for name in ("metrics.jsonl", "timings.jsonl"))
-            for folder in checkpoints(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            # Read first: a file that cannot be read stops here, before anything is gone.
+            timings = self._rows_until(self.path / "timings.jsonl", history[-1]["update"] if history else -1)
+            # A checkpoint needs the completions up to it: it goes before them.
+            for folder in reversed(checkpoints(self.path)):
                 if _number(folder) > update:
-                    shutil.rmtree(folder)
+                    remove_folder(folder)
+            for name, rows in (("metrics.jsonl", history), ("timings.jsonl", timings)):
+                replace_text(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
             for kind, last in (("rollout", rollout), ("eval", update)):
                 for file in (self.path / "completions").glob(f"{kind}-*.jsonl"):
                     if file.stem.removeprefix(f"{kind}-").isdigit() and _number(file) > last:
                         file.unlink()
-        return metrics
+            for leftover in leftovers(self.path):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
-    def _keep_rows(self, file: Path, update: int) -> list[dict[str, Any]]:
+    def _rows_until(self, file: Path, update: int) -> list[dict[str, Any]]:
         if not file.exists():
             return []
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         try:
-            kept = [row for line in lines if line.endswith("\n") and (row := json.loads(line))["update"] <= update]
+            return [row for line in lines if line.endswith("\n") and (row := json.loads(line))["update"] <= update]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}: not the rows of a run ({error}); restore the file, or remove it") from error
-        replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
-        return kept
+
+    def sync_completions(self) -> None:
+        """Wait until the disk has the names of the completions' files: a checkpoint counts on them."""
+        if self.path is not None and (self.path / "completions").is_dir():
+            with disk(self.path):
+                sync(self.path / "completions")
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """One row to metrics.jsonl or timings.jsonl, handed to the system at once."""
@@ -103,6 +114,7 @@ def check_output_dir(path: str | Path | None, *, resume: bool) -> None:
         if not os.access(above, os.W_OK):
             raise UserError(f"output_dir {str(path)!r}: {above} cannot be written to; choose another folder")
         held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        held -= {leftover.name for leftover in leftovers(folder)}
     if not resume and not held <= {"config.yaml"}:
         raise UserError(
             f"output_dir {str(path)!r}: already holds a run or other files; "
@@ -120,23 +132,55 @@ def _number(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
 
+_UNFINISHED = re.compile(
+    r"\.((model|(step|update)-\d+)\.(tmp|old)|(config\.yaml|summary\.json|(metrics|timings)\.jsonl)\.tmp"
+    r"|(rollout|eval)-\d+\.jsonl\.[0-9a-f]+\.tmp)"
+)
+"""Names under which a run makes its files and folders, and from which it deletes them."""
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What a killed run left in its folder under hidden names, half written or half deleted."""
+    folders = [path, *(path / name for name in ("checkpoints", "completions", "policy"))]
+    return [
+        entry
+        for folder in folders
+        if folder.is_dir()
+        for entry in folder.iterdir()
+        if _UNFINISHED.fullmatch(entry.name)
+    ]
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, that it is whole or not there under its name."""
+    gone = folder.with_name(f".{folder.name}.old")
+    if gone.exists():
+        shutil.rmtree(gone)
+    os.replace(folder, gone)
+    sync(folder.parent)
+    shutil.rmtree(gone)
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears under its name when it is complete, replacing an old one; after an error, nothing of it."""
+    """A folder that appears under its name when it is complete; after an error, nothing of it.
+
+    It replaces an old one, which is gone for a moment then: a kill just there leaves neither.
+    """
     temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with disk(target):
             temporary.mkdir(parents=True)
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    sync(file)
+            for entry in (*temporary.rglob("*"), temporary):
+                sync(entry)
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(target, old)
             os.replace(temporary, target)
-            sync(target.parent)
+            for parent in (target.parent, target.parent.parent):
+                sync(parent)
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -17,6 +17,7 @@ from gvpo.sources.replay import ReplayBuffer
 from gvpo.sources.source import Source
 from gvpo.sources.specs import DemonstrationSpec, PolicySpec, ReplaySpec, TeacherSpec
 from gvpo.sources.teacher import load_teacher
+from gvpo.training.checkpoint import Stateful
 from gvpo.training.config import GVPOConfig
 from gvpo.training.data_checks import check_group
 from gvpo.training.plan import RunPlan
@@ -59,6 +60,18 @@ class RunSources:
         if plan.mixture.one(PolicySpec):
             self.members.append(PolicySource(sampler, tokenizer, params))
 
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """Those with a state that a checkpoint must hold, by name; a caller's own are those with save and load."""
+        own = [spec for spec in self._plan.mixture.given if hasattr(spec, "save") and hasattr(spec, "load")]
+        named = {f"{place}-{type(source).__name__}": source for place, source in enumerate(own)}
+        return {n: one for n, one in {"replay": self.replay, "files": self.files, **named}.items() if one is not None}
+
+    def begin(self, rollout: int) -> None:
+        """On every process, before this rollout (from 0) is drawn."""
+        if self.replay is not None:
+            self.replay.rollout = rollout
+
     def whole(self, rollout: int, update: int, note: Callable[[str], None]) -> list[Row]:
         """The next rollout's whole groups, as rows with completions: the files', then those that are replayed.
 
@@ -68,7 +81,6 @@ class RunSources:
         updates = self._config.updates_per_rollout
         rows = [] if self.files is None else self._from_files(update, note)
         if self.replay is not None:
-            self.replay.rollout = rollout
             seed = draw_seed(self._config.seed, rollout)
             rows += self.replay.whole(self.replay.spec.groups * updates, seed)
         return rows
