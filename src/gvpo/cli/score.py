@@ -101,7 +101,9 @@ class _Tally:
     late: int = 0
 
     def __str__(self) -> str:
-        line = f"{self.scored} groups scored, {self.had} had rewards"
+        line = f"{self.scored} group{'s' * (self.scored != 1)} scored, {self.had} had rewards"
+        if not self.scored:
+            line += "; --again scores them anew"
         if self.members:
             line += f"; mean reward {self.total / self.members:.4g}"
         if self.without:
