@@ -125,6 +125,13 @@ class TestGroups:
         assert {one.source for one in groups[len(PROMPTS)].completions} == {"teacher"}
         assert groups[-1].prompt == groups[-4].prompt and groups[-1].completions != groups[-4].completions
 
+    def test_other_prompts_in_their_place_are_drawn_for(self) -> None:
+        Path("ids.jsonl").write_text('{"prompt_ids": [1, 2]}\n')
+        Path("more.jsonl").write_text('{"prompt_ids": [2, 1]}\n')
+        for prompts in ("rows.jsonl", "ids.jsonl", "more.jsonl"):
+            assert sample("groups.jsonl", "--prompts", prompts, "--limit", "1") == 0
+        assert [group.prompt_ids for group in read_groups("groups.jsonl")] == [[0], [1, 2], [2, 1]]
+
     def test_rows_come_in_order_or_shuffled_anew_in_every_pass(self) -> None:
         assert sample("groups.jsonl", "--epochs", "2", "--shuffle", "--limit", "5") == 0
         order = PromptOrder(read_rows("rows.jsonl")[:5], 42, shuffle=True).take(0, 10)
@@ -316,8 +323,11 @@ class TestPublishedPolicy:
     def test_following_it_takes_each_newer_one_before_a_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.publish(1)
         stop_after(monkeypatch, 2, lambda: self.publish(2, "other"))
+        loaded: list[str] = []
+        monkeypatch.setattr(published, "load_model", lambda path, **options: loaded.append(path) or load_model(path))
         assert sample("groups.jsonl", "--model", "run/policy", "--follow") == 0
         assert self.updates() == [1, 1, 1, 1, 2, 2]
+        assert loaded == ["run/policy/update-000001", "run/policy/update-000002"]
         assert sample("other.jsonl", "--model", "other") == 0
         drawn, other = (list(read_groups(path))[4:] for path in ("groups.jsonl", "other.jsonl"))
         assert [[one.text for one in a.completions] for a in drawn] == [

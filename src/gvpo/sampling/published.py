@@ -42,7 +42,7 @@ def load_newest(folder: str | Path, device: Any) -> tuple[Any, Any | None, int]:
         try:
             model, tokenizer = load_model(str(chosen), device=device)
         except (UserError, OSError):
-            if newest_update(folder) == update and _names(chosen) == before:
+            if _names(chosen) == before:
                 raise
             continue
         if _names(chosen) == before:  # else the tokenizer may have been gone before it was read
