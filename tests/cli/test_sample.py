@@ -174,8 +174,9 @@ class TestGoingOn:
     def test_a_signal_ends_it_after_the_batch(
         self, out: str, number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert sample(f"whole-{out}") == 0
         handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+        assert sample(f"whole-{out}") == 0
+        assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
         with monkeypatch.context() as patch:
             stop_after(patch, 2, lambda: os.kill(os.getpid(), number))
             assert sample(out) == code
