@@ -1,22 +1,32 @@
 """Groups in files, JSON lines or Parquet: read one at a time, written in one piece, never all in memory.
 
-Covered: rows as `groups.group_from_dict` takes them. Not covered: compressed JSON lines, folders of shards.
+Covered: rows as `groups.group_from_dict` takes them; any number of processes that append to one .jsonl file while
+others read it and one rewrites it, by flock(2). Not covered: compressed JSON lines, folders of shards; several writers
+on Windows, which has no flock.
 """
 
 from __future__ import annotations
 
 import codecs
+import errno
 import itertools
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from gvpo.errors import FieldError, UserError, located
 from gvpo.groups import Group, group_from_dict, group_to_dict
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,19 +82,122 @@ def write_groups(groups: Iterable[Group], path: str | os.PathLike[str]) -> int:
 
 
 def append_groups(groups: Iterable[Group], path: str | os.PathLike[str]) -> int:
-    """Appends the groups to a .jsonl file, made if missing, one write and flush per line; returns how many they were.
+    """Appends the groups to a .jsonl file, made if missing, one locked write per line; returns how many they were.
 
-    A crash loses at most the line being written. Raises UserError as `write_groups` does, and for a file whose last
-    line was left unfinished.
+    Any number of processes may append to one file, also while `rewrite_groups` replaces it: no line is lost, or torn.
+    A crash loses at most the line being written; a full disk leaves the file as it was before that line. Raises
+    UserError as `write_groups` does, and for a file whose last line was left unfinished.
     """
     path = Path(path)
     if _format(path) != ".jsonl":
         raise UserError(f"{path}: a Parquet file cannot be appended to; name a .jsonl file, or use write_groups")
     _check_target(path)
-    with _opened(path, "ab+") as file:
+    _append(b"", path)  # what cannot be appended to is refused before the first group is made
+    n = 0
+    for where, row in _numbered(groups, path):
+        _append(_line(where, row), path)
+        n += 1
+    return n
+
+
+def rewrite_groups(path: str | os.PathLike[str], change: Callable[[Iterator[Group]], Iterable[Group]]) -> int:
+    """Puts in place of a file's groups what `change` makes of them, all in one piece or, after an error, nothing.
+
+    Constant memory if `change` takes and gives the groups one at a time. Lines that other processes append to a
+    .jsonl file meanwhile are kept behind, as they are; returns their number. Raises UserError as `read_groups` and
+    `write_groups` do, and where another process rewrites or replaces the file.
+    """
+    path = Path(os.path.realpath(path))  # else a link would be replaced, not the file
+    groups = read_groups(path)
+    if _format(path) == ".parquet":
+        write_groups(change(groups), path)
+        return 0
+    scratch = path.with_name(f".{path.name}.rewriting")
+    busy = f"{path}: another process is rewriting it; wait until it is done"
+    with _writing(path), _opened(path, "rb") as old, locked_file(scratch, "ab", busy) as new:
+        try:
+            with locked_file(path, "rb+") as now:
+                end = _size(now)  # of whole lines, as nobody is writing one
+            new.truncate(0)  # what a crash left
+            groups = _groups(path, _jsonl_rows(path, old, end))
+            _write_jsonl(_numbered(change(groups), path), new)
+            with locked_file(path, "rb+") as now:
+                if not _is_at(old, path) or _size(now) < end:
+                    raise UserError(f"{path}: was replaced while it was read; nothing is changed, try again")
+                now.seek(end)
+                late = sum(new.write(line) > 0 for line in now)
+                new.flush()
+                os.fsync(new.fileno())
+                shutil.copymode(path, scratch)
+                os.replace(scratch, path)
+            return late
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def locked_file(path: Path, mode: str, busy: str | None = None) -> Iterator[BinaryIO]:
+    """The file that is at path, opened in that mode, once no other process holds it; held until the block ends.
+
+    busy: where another holds it, refuse with this line instead of waiting. Raises UserError.
+    """
+    while True:
+        with _opened(path, mode) as file:
+            _lock(file, path, busy)
+            if _is_at(file, path):
+                yield file
+                return
+        # Replaced or removed while this process waited: the next round has the new one.
+
+
+def _lock(file: BinaryIO, path: Path, busy: str | None) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError as error:
+        raise UserError(busy or str(error)) from error
+    except OSError as error:
+        reason = f"{path}: cannot be locked ({error.strerror})"
+        raise UserError(f"{reason}; use a file system with locks, such as a local disk") from error
+
+
+def _append(line: bytes, path: Path) -> None:
+    with locked_file(path, "ab+") as file:
         if not _at_line_start(file):
             raise UserError(f"{path}: the last line has no line end, {_LOOKS_TRUNCATED}, or end it with a newline")
-        return _write_jsonl(_numbered(groups, path), file, flush=True)
+        before, left = _size(file), memoryview(line)
+        try:
+            with _writing(path):
+                while left:  # past the buffer, which would write again, on closing, what a full disk did not take
+                    left = left[os.write(file.fileno(), left) :]
+        except BaseException:
+            os.ftruncate(file.fileno(), before)
+            raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the disk refuses, as one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = "no space left on the disk; free some and go on, what was there before is intact"
+            raise UserError(f"{path}: {problem}") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 _LOOKS_TRUNCATED = "so it looks truncated, as by a crash while writing; delete that line"
@@ -141,11 +254,12 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file beside path that takes its place at the end, and vanishes after an error."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with _opened(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
-        os.replace(temporary, path)
+        with _writing(path):
+            with _opened(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -174,15 +288,35 @@ def _from_json(text: str) -> Any:
 # JSON lines
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with _opened(path, "rb") as lines:  # bytes, as text mode would also end lines at a lone carriage return
-        for n, line in enumerate(lines, 1):
+def _jsonl_rows(path: Path, file: BinaryIO | None = None, end: float = math.inf) -> Iterator[tuple[str, Any]]:
+    """The rows of the lines that begin before byte `end`; file: opened already, to be read from its beginning."""
+    with _opened(path, "rb") if file is None else nullcontext(file) as lines:
+        for n, line in enumerate(_lines(lines, end), 1):
             text = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
             if text.strip():
                 where = f"{path}, line {n}"
                 with located(where):
                     row = _parsed(text)
                 yield where, row
+
+
+def _lines(file: BinaryIO, end: float) -> Iterator[bytes]:
+    """Lines as bytes, as text mode would also end them at a lone carriage return; none that is only half appended."""
+    at = 0
+    while at < end and (line := file.readline()):
+        if not line.endswith(b"\n") and file.seekable():
+            _wait_for_writers(file)
+            file.seek(at)
+            line = file.readline()
+        at += len(line)
+        yield line
+
+
+def _wait_for_writers(file: BinaryIO) -> None:
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks has no writers that use them
+            fcntl.flock(file, fcntl.LOCK_SH)
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _parsed(line: bytes) -> Any:
@@ -199,16 +333,17 @@ def _parsed(line: bytes) -> Any:
         raise UserError(f"{error}, and the last line has no line end, {_LOOKS_TRUNCATED}") from error
 
 
-def _write_jsonl(rows: Iterable[tuple[str, dict[str, Any]]], file: BinaryIO, flush: bool = False) -> int:
+def _write_jsonl(rows: Iterable[tuple[str, dict[str, Any]]], file: BinaryIO) -> int:
     n = 0
     for where, row in rows:
-        with located(where):
-            line = _to_json(row)
-        file.write(line.encode() + b"\n")
-        if flush:
-            file.flush()
+        file.write(_line(where, row))
         n += 1
     return n
+
+
+def _line(where: str, row: dict[str, Any]) -> bytes:
+    with located(where):
+        return _to_json(row).encode() + b"\n"
 
 
 # Parquet

@@ -2,7 +2,7 @@
 
 Nothing heavy is imported here, so that `gvpo --help` answers at once; a command's module is imported when it is called.
 Exit codes: 0 done, 1 a check failed or a bug of ours (with its traceback), 2 a mistake of the user, 130 interrupted,
-143 stopped by SIGTERM with a checkpoint saved.
+143 stopped by SIGTERM with nothing half-written.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from gvpo.errors import UserError
 COMMANDS = {
     "train": "Train a model by regression onto rewards.",
     "demo": "Watch the embedded model learn, in minutes, on this machine.",
+    "sample": "Draw groups of completions from a model into a file or folder.",
+    "score": "Add rewards to groups in files.",
     "lab": "Measure the theory on finite policies: every claim, exactly.",
     "doctor": "Check the installation, the device, and that scores are exact.",
 }
