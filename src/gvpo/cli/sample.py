@@ -233,7 +233,7 @@ class _Policy:
         job, tokenizer = self.job, self._source.tokenizer
         seeds = [draw_seed(job.config.seed, batch.start + n) for n in range(len(batch.rows))]
         with torch.autocast(self._device.type, torch.bfloat16, enabled=job.config.bf16):
-            groups = fill_groups(batch.rows, self._source, seeds, tokenizer)
+            groups = fill_groups(batch.rows, [self._source], job.config.num_generations, seeds, tokenizer)
         meta = {"model": job.model_name, "temperature": job.config.temperature}
         if self.update is not None:
             meta["update"] = self.update
@@ -271,7 +271,7 @@ class _Policy:
             check_prompts(self._rows, [], tokenizer, model, c)
         params = SamplingParams(c.max_completion_length, c.temperature, c.top_p, c.top_k)
         sampler = TorchSampler(model, end_token_ids(model, tokenizer))
-        self._source = PolicySource(sampler, tokenizer, c.num_generations, params)
+        self._source = PolicySource(sampler, tokenizer, params)
 
 
 @dataclass

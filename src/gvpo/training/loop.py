@@ -161,6 +161,9 @@ class GVPOTrainer:
         """Update after update, from where the run is to its last."""
         config = self.config
         self.state.set_mark()
+        if config.publish_steps:
+            # Samplers that follow wait for a first one, and the run for them.
+            self._publish(folder)
         if self.progress.update == 0:
             self._say_what_it_cannot_see(report)
         if config.eval_on_start and not self.history:
