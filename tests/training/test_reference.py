@@ -250,9 +250,9 @@ def trained_under_watch(trainer: GVPOTrainer) -> tuple[list[nn.Module], list[tup
     seen: list[tuple[int, list[Group], nn.Module]] = []
     draw, gradients = trainer._draw, loop_module.group_gradients
 
-    def drawing() -> list[Group]:
+    def drawing(*args: Any) -> Any:
         policies.append(copy.deepcopy(trainer.model))
-        return draw()
+        return draw(*args)
 
     def watching(scorer: Any, groups: list[Group], **options: Any) -> Any:
         seen.append((len(policies) - 1, copy.deepcopy(groups), copy.deepcopy(trainer.model)))
