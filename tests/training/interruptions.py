@@ -22,7 +22,7 @@ Point = tuple[Any, str]
 POINTS: dict[str, Callable[[GVPOTrainer], Point]] = {
     "sampling": lambda trainer: (torch_sampler, "draw_tokens"),
     "reward": lambda trainer: (sys.modules[__name__], "noise"),
-    "reference": lambda trainer: (trainer.reference, "logprobs"),
+    "reference": lambda trainer: (loop, "score_groups"),
     "backward": lambda trainer: (loop, "group_gradients"),
     "step": lambda trainer: (trainer.optimizer, "step"),
     "after the step": lambda trainer: (type(trainer.scheduler), "step"),

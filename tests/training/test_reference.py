@@ -442,4 +442,4 @@ def test_a_run_goes_on_without_reading_what_it_was_anchored_to(checkpoint: Path,
     tensors = {name: value + 1 for name, value in load_file(checkpoint / "parameters.safetensors").items()}
     save_file(tensors, checkpoint / "parameters.safetensors")
     again.train(resume_from_checkpoint=tmp_path / "run" / "checkpoints" / "step-3")
-    assert again.history == whole.history[3:] and same_weights(weights(again.model), weights(whole.model))
+    assert again.history == whole.history and same_weights(weights(again.model), weights(whole.model))

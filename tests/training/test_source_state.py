@@ -116,7 +116,6 @@ def test_every_file_of_a_source_is_checked(saved: Path) -> None:
     files = [file for file in (saved / "sources").rglob("*") if file.is_file()]
     assert {file.relative_to(saved).as_posix() for file in files} == {
         "sources/replay/replay.sqlite",
-        "sources/replay/replay.json",
         "sources/0-Counting/note.txt",
         "sources/0-Counting/deep/deeper/count.json",
     }

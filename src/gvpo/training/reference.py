@@ -60,19 +60,19 @@ class Reference:
         self._other = Scorer(model.requires_grad_(False))
 
     def start(self) -> None:
-        """Take the snapshot that a fixed reference needs: of the policy as it is now, or of the checkpoint; once.
+        """Take the snapshot that the reference needs: of the policy as it is now, or of the checkpoint; once.
 
         Raises UserError if the disk is full.
         """
-        if self._snapshot is not None or self._switched_off or not self._fixed:
+        if self._snapshot is not None or self._switched_off or not self._snapshots:
             return
         layers = sole_lora_layers(self._model) if self.kind == "initial" else []
         if layers and adds_nothing(layers):
             self._switched_off = True
             return
         self.renew()
-        if self.kind != "initial":
-            with _parameters(str(self.kind)) as (names, file):
+        if isinstance(self.kind, str) and self.kind != "initial":
+            with _parameters(self.kind) as (names, file):
                 self._put((name, file.get_tensor(name)) for name in names)
 
     def renew(self) -> None:
@@ -120,10 +120,6 @@ class Reference:
             if self._snapshot is None:
                 self.renew()
             self._put(state.items())
-
-    @property
-    def _fixed(self) -> bool:
-        return self._snapshots and isinstance(self.kind, str)
 
     @property
     def _snapshots(self) -> bool:
