@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +124,28 @@ def test_demonstrations_in_every_group_reach_the_optimum() -> None:
     row = {"prompt_ids": PROMPT, "answer": texts, "marks": marks}
     options = {"sources": [{"type": "policy"}, shown], "tokenizer": words_tokenizer()}
     before, after = train(data=[row], reward_funcs=by_ids, **options)
+    assert before > 0.3
+    assert after < 0.03
+
+
+def test_files_of_two_sampler_processes_reach_the_optimum(tmp_path: Path) -> None:
+    """They draw from a model that is neither start nor optimum, while the trainer follows the folder."""
+    tiny_llama(1, scale=0.3).save_pretrained(tmp_path / "other")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt_ids": PROMPT}) + "\n")
+    half, batch = UPDATES // 2, 50
+    command = [sys.executable, "-m", "gvpo", "sample", "--model", "other", "--prompts", "prompts.jsonl"]
+    command += ["-k", str(MEMBERS), "--max-completion-length", str(LONGEST), "--batch", str(batch), "--out", "groups/"]
+    (tmp_path / "groups").mkdir()
+    samplers = [
+        subprocess.Popen(
+            [*command, "--epochs", str(half), "--seed", str(seed)], cwd=tmp_path, stdout=subprocess.DEVNULL
+        )
+        for seed in (1, 2)
+    ]
+    source = {"type": "files", "path": str(tmp_path / "groups"), "follow": True}
+    before, after = train(data=None, reward_funcs=reward, sources=source, learning_rate=2e-3)
+    assert [sampler.wait() for sampler in samplers] == [0, 0]
+    assert len(list((tmp_path / "groups").iterdir())) == 2 * half // batch
     assert before > 0.3
     assert after < 0.03
 
