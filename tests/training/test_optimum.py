@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_demonstrations_in_every_group_reach_the_optimum() -> None:
     assert after < 0.03
 
 
-def test_files_of_two_sampler_processes_reach_the_optimum(tmp_path: Path) -> None:
+def test_files_of_two_sampler_processes_reach_the_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They draw from a model that is neither start nor optimum, while the trainer follows the folder."""
     tiny_llama(1, scale=0.3).save_pretrained(tmp_path / "other")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt_ids": PROMPT}) + "\n")
@@ -136,12 +137,15 @@ def test_files_of_two_sampler_processes_reach_the_optimum(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "gvpo", "sample", "--model", "other", "--prompts", "prompts.jsonl"]
     command += ["-k", str(MEMBERS), "--max-completion-length", str(LONGEST), "--batch", str(batch), "--out", "groups/"]
     (tmp_path / "groups").mkdir()
-    samplers = [
-        subprocess.Popen(
-            [*command, "--epochs", str(half), "--seed", str(seed)], cwd=tmp_path, stdout=subprocess.DEVNULL
-        )
-        for seed in (1, 2)
-    ]
+    command += ["--epochs", str(half), "--seed"]
+    samplers = [subprocess.Popen([*command, seed], cwd=tmp_path, stdout=subprocess.DEVNULL) for seed in "12"]
+    wait = time.sleep
+
+    def wait_for_samplers(seconds: float) -> None:
+        assert all(sampler.poll() in (None, 0) for sampler in samplers), "a sampler failed: nothing more will come"
+        wait(seconds)
+
+    monkeypatch.setattr("gvpo.training.run_sources.time.sleep", wait_for_samplers)
     source = {"type": "files", "path": str(tmp_path / "groups"), "follow": True}
     before, after = train(data=None, reward_funcs=reward, sources=source, learning_rate=2e-3)
     assert [sampler.wait() for sampler in samplers] == [0, 0]
