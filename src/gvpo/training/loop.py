@@ -172,6 +172,7 @@ class GVPOTrainer:
         if self.progress.update >= self.total_updates and self.progress.row is None:
             report.note(f"nothing to train: {self.progress.update} of {self.total_updates} updates are done")
         while self.progress.update < self.total_updates or self.progress.row is not None:
+            # A row that waits is one of an update whose evaluation was interrupted.
             if self.progress.row is None:
                 if self.progress.batch == 0:
                     with self.sigterm.interruptible():
@@ -183,19 +184,23 @@ class GVPOTrainer:
                 self._check_scores_once(report)
                 self.progress.row = self._update()
                 self.state.set_mark()
-            row = self.progress.row
-            if self._due(config.eval_steps) or self.progress.update == self.total_updates:
-                self.sigterm.look_together(self.processes)
-                row = row | self._evaluate(report)
-            report.row(row)
-            self.progress.row = None
-            self.state.set_mark()
-            if self._due(config.save_steps):
-                self._save_checkpoint(folder)
-            if self._due(config.publish_steps):
-                self._publish(folder)
-            if self.progress.update < self.total_updates:
-                self.sigterm.look_together(self.processes)
+            self._tell(report, folder, self.progress.row)
+
+    def _tell(self, report: Reporter, folder: RunFolder, row: dict[str, Any]) -> None:
+        """An update's row -> evaluation, metrics, checkpoint, published policy, where they are due."""
+        config, last = self.config, self.progress.update == self.total_updates
+        if self._due(config.eval_steps) or last:
+            self.sigterm.look_together(self.processes)
+            row = row | self._evaluate(report)
+        report.row(row)
+        self.progress.row = None
+        self.state.set_mark()
+        if self._due(config.save_steps):
+            self._save_checkpoint(folder)
+        if self._due(config.publish_steps):
+            self._publish(folder)
+        if not last:
+            self.sigterm.look_together(self.processes)
 
     def evaluate(self) -> dict[str, float]:
         """Answer eval_dataset greedily, score it, and return the metrics (eval/...); empty without a dataset."""
