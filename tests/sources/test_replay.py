@@ -8,6 +8,7 @@ from statistics import pstdev
 
 import pytest
 
+from gvpo.errors import UserError
 from gvpo.groups import Completion, Group
 from gvpo.sources.dataset import Row
 from gvpo.sources.replay import ReplayBuffer
@@ -148,6 +149,18 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     third = buffer(groups=2)
     third.load(tmp_path)
     assert third.whole(9, 1) == replay.whole(9, 1)
+
+
+def test_a_full_disk_is_one_line_and_what_was_held_stays() -> None:
+    replay = buffer(groups=1)
+    replay.add([group(1, 10)], update=0)
+    (pages,) = replay._db.execute("PRAGMA page_count").fetchone()
+    replay._db.execute(f"PRAGMA max_page_count = {pages}")
+    large = group(2, 20)
+    large.columns["text"] = "x" * 10**5
+    with pytest.raises(UserError, match=r"TMPDIR.*full.*make room on the disk and resume, or lower capacity"):
+        replay.add([large], update=1)
+    assert held(replay) == [10]
 
 
 def test_an_empty_buffer_gives_nothing(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from training_helpers import first_token, offline_groups, prompts, same_weights, settings, tiny_model, weights
 
+from gvpo.group_files import write_groups
 from gvpo.groups import Group
 from gvpo.models.scoring import Scorer
 from gvpo.training import update
@@ -73,6 +74,16 @@ def sampled(folder: Path) -> GVPOTrainer:
     config = settings(groups_per_update=3, max_steps=6, reference=2, eval_steps=2, eval_on_start=True)
     model = tiny_model().double()
     return GVPOTrainer(model, prompts(13), opinionated, config=config, eval_dataset=prompts(5))
+
+
+def mixed(folder: Path) -> GVPOTrainer:
+    """History, whole groups that are replayed, and groups from files, stale all of them."""
+    write_groups(offline_groups(5), folder / "groups.jsonl")
+    files = {"type": "files", "path": str(folder / "groups.jsonl"), "groups": 1, "uses": 3}
+    replay = {"type": "replay", "members": 1, "groups": 1, "capacity": 7}
+    config = settings(groups_per_update=5, max_steps=10, learning_rate=3e-2, num_generations=4, reference="initial")
+    sources = [{"type": "policy"}, replay, files]
+    return GVPOTrainer(tiny_model().double(), prompts(3), opinionated, config=config, sources=sources)
 
 
 def idle(folder: Path) -> GVPOTrainer:
@@ -146,6 +157,7 @@ SCENARIOS: dict[str, Callable[[Path], GVPOTrainer]] = {
         stale,
         split_groups,
         sampled,
+        mixed,
         idle,
         saving,
         going_on,
