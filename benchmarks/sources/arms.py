@@ -16,6 +16,7 @@ PROMPTS, HELD_OUT = 32, 100
 """Few enough that every prompt comes again: history needs one."""
 
 POLICY = {"type": "policy"}
+SHOWN = {"type": "demonstration", "column": "demonstration"}
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ ARMS = {
     "history 2:6": Arm([POLICY, {"type": "replay", "members": 2}]),
     "history 4:4": Arm([POLICY, {"type": "replay", "members": 4}]),
     "4 epochs per rollout": Arm([POLICY], {"epochs_per_rollout": 4}),
-    "demonstrations 1:7": Arm([POLICY, {"type": "demonstration", "column": "demonstration"}]),
+    "demonstrations 1:7": Arm([POLICY, SHOWN]),
     "2 epochs per rollout": Arm([POLICY], {"epochs_per_rollout": 2}),
+    "demonstration, history, drawn 1:3:4": Arm([POLICY, SHOWN, {"type": "replay", "members": 3}]),
+    "drawn 0:4, k = 4": Arm([POLICY], {"num_generations": 4}),
     "4 of 8 groups again": Arm([POLICY, {"type": "replay", "groups": 4}]),
-    "history 4:4, 2 epochs": Arm([POLICY, {"type": "replay", "members": 4}], {"epochs_per_rollout": 2}),
 }
-"""In the order in which they are run; each draws groups of 8 for 8 prompts an update."""
+"""In the order in which they are run; groups of 8 for 8 prompts an update, but where k is named."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,6 @@ def run(task_name: str, arm_name: str, seed: int, start: tuple[Any, Any]) -> dic
     data, arm, (model, tokenizer) = task(task_name, seed), ARMS[arm_name], start
     config = GVPOConfig(
         seed=seed,
-        num_generations=8,
         groups_per_update=8,
         updates_per_rollout=1,
         reference="rollout",
@@ -77,8 +76,7 @@ def run(task_name: str, arm_name: str, seed: int, start: tuple[Any, Any]) -> dic
         eval_on_start=True,
         bf16=True,
         disable_tqdm=True,
-        **data.settings,
-        **arm.settings,
+        **{"num_generations": 8, **data.settings, **arm.settings},
     )
     trainer = Watched(
         copy.deepcopy(model),
