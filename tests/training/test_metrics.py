@@ -23,7 +23,10 @@ def test_members_carry_what_the_groups_say() -> None:
     groups = [
         Group(
             None,
-            [Completion(None, [1, 2], reward=1.0, truncated=True), Completion(None, [3], reward=0.0)],
+            [
+                Completion(None, [1, 2], reward=1.0, truncated=True, meta={"update": 3}),
+                Completion(None, [3], reward=0.0, meta={"update": 1}),
+            ],
             prompt_ids=[1],
         ),
         Group(
@@ -31,9 +34,9 @@ def test_members_carry_what_the_groups_say() -> None:
         ),
     ]
     logps, refs = [-1.0, -2.0, -3.0], [-1.5, -2.5, -3.5]
-    assert members_of(groups, [7, 9], logps, refs, update=5, drawn_at=3) == [
+    assert members_of(groups, [7, 9], logps, refs, update=5) == [
         Member(7, 1.0, -1.0, -1.5, 2, True, "policy", {}, staleness=2),
-        Member(7, 0.0, -2.0, -2.5, 1, False, "policy", {}, staleness=2),
+        Member(7, 0.0, -2.0, -2.5, 1, False, "policy", {}, staleness=4),
         Member(9, 2.0, -3.0, -3.5, 1, False, "teacher", {"f": 2.0}),
     ]
 

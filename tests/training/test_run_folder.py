@@ -85,7 +85,8 @@ def test_completions_are_groups_with_their_rewards(finished: tuple[GVPOTrainer, 
             for completion in group.completions:
                 assert completion.text is not None and completion.source == "policy"
                 assert completion.reward == completion.text.count(group.prompt[0]) / 4
-                assert completion.meta == {"rewards": {"reward": completion.reward}}
+                assert completion.meta.keys() == {"update", "rewards"}
+                assert completion.meta["rewards"] == {"reward": completion.reward}
     answers = [reward for group in read_groups(files[1]) for reward in group.rewards if reward is not None]
     assert len(answers) == 2 and trainer.history[-1]["eval/reward"] == sum(answers) / 2
 

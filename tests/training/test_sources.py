@@ -182,6 +182,21 @@ def test_files_beside_the_policy(rollouts: list[list[Group]], tmp_path: Path) ->
     assert kinds == [["dataset", "policy"] * 2, ["dataset", "policy", "policy", "policy"]]
 
 
+def test_what_a_file_calls_the_policys_is_told_apart_and_not_called_fresh(tmp_path: Path) -> None:
+    groups = offline_groups(4)
+    for group in groups:
+        group.completions[0].source, group.completions[1].source = "policy", "teacher"
+        group.completions[0].meta["update"] = -3
+    write_groups(groups, tmp_path / "a.jsonl")
+    sources = [POLICY, {"type": "files", "path": str(tmp_path), "groups": 1}]
+    row = run(tiny_model(), prompts(), first_token, sources=sources, max_steps=1).history[0]
+    assert {name for name in row if name.count("/") == 1 and name.startswith("source/")} == {
+        f"source/{name}" for name in ("policy", "files", "teacher", "dataset")
+    }
+    # Three draws of this run, fresh, and one member of the file's first group.
+    assert row["staleness/mean"] == pytest.approx(3 / 4) and row["staleness/max"] == 3
+
+
 def test_groups_of_files_without_rewards_get_them(tmp_path: Path) -> None:
     groups = offline_groups(4)
     for group in groups[:2]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from gvpo.errors import UserError
 from gvpo.group_files import numbered_rows
+from gvpo.groups import Completion
 from gvpo.sources.dataset import Row, read_row
 from gvpo.sources.specs import FilesSpec
 
@@ -81,7 +82,7 @@ class GroupFiles:
                 self.stale += 1
             else:
                 self.check(row)
-                rows.append(row)
+                rows.append(replace(row, completions=tuple(map(_from_elsewhere, row.completions))))
         return rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,6 +171,11 @@ class GroupFiles:
     def _path(self, name: str) -> Path:
         path = Path(self.spec.path)
         return path / name if path.is_dir() else path
+
+
+def _from_elsewhere(one: Completion) -> Completion:
+    """What a sampler calls the policy's is not drawn by this run: metrics tell the two apart."""
+    return replace(one, source="files") if one.source == "policy" else one
 
 
 def _hash_of_prompt(row: Row) -> bytes:

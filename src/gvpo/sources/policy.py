@@ -16,18 +16,23 @@ from gvpo.sources.source import prompt_ids
 
 @dataclass
 class PolicySource:
-    """Completions drawn from the policy as it is now: pi_s = pi_theta (temperature and truncation as in `params`)."""
+    """Completions drawn from the policy as it is now: pi_s = pi_theta (temperature and truncation as in `params`).
+
+    update: how many updates it has had, kept in the completions' meta; None = nobody asks how old they are.
+    """
 
     sampler: Sampler
     tokenizer: Any | None
     params: SamplingParams
+    update: int | None = None
 
     def fill(self, rows: Sequence[Row], wanted: Sequence[int], seeds: Sequence[int]) -> list[list[Completion]]:
         """wanted[i] draws for row i, as token ids."""
         prompts = [prompt_ids(row, self.tokenizer) for row in rows]
         drawn = draw(self.sampler, prompts, wanted, self.params, seeds)
+        meta = {} if self.update is None else {"update": self.update}
         return [
-            [Completion(None, one.token_ids, source="policy", truncated=one.truncated) for one in samples]
+            [Completion(None, one.token_ids, source="policy", truncated=one.truncated, meta=meta) for one in samples]
             for samples in drawn
         ]
 

@@ -53,17 +53,17 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return self._db.execute("SELECT count(*) FROM groups").fetchone()[0]
 
-    def add(self, groups: Sequence[Group], *, update: int) -> None:
+    def add(self, groups: Sequence[Group]) -> None:
         """Keep what of these groups can teach; then drop what is least worth keeping of what is too many.
 
-        update: the one after which they were drawn. Members that came from the buffer are kept as part of their new
+        Members that came from the buffer are kept as part of their new
         group, and are not drawn from it again: they are in the group that they were drawn for.
         """
         kept = [group for one in groups if (group := teaching(one)) is not None]
         with _disk():
             self._db.executemany(
                 "INSERT INTO groups (prompt, rollout, spread, fresh, row) VALUES (?, ?, ?, ?, ?)",
-                [self._values(group, update) for group in kept],
+                [self._values(group) for group in kept],
             )
             if self.spec.per_prompt is not None:
                 self._drop_beyond_quota(self.spec.per_prompt, {_key(group.prompt_ids) for group in kept})
@@ -104,11 +104,8 @@ class ReplayBuffer:
             saved.backup(self._db)
             (self.rollout,) = self._db.execute("PRAGMA user_version").fetchone()
 
-    def _values(self, group: Group, update: int) -> tuple[Any, ...]:
-        members = [
-            replace(one, ref_logprob=None, ref_token_logprobs=None, meta={"update": update} | one.meta)
-            for one in group.completions
-        ]
+    def _values(self, group: Group) -> tuple[Any, ...]:
+        members = [replace(one, ref_logprob=None, ref_token_logprobs=None) for one in group.completions]
         rewards = [one.reward for one in members if one.reward is not None]
         fresh = [place for place, one in enumerate(members) if one.source not in ("replay", "demonstration")]
         row = json.dumps(group_to_dict(replace(group, completions=members)))

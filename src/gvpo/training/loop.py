@@ -229,7 +229,7 @@ class GVPOTrainer:
         """prompts -> sources -> groups: this process's share of the next rollout, and the rows it was made for."""
         config, progress = self.config, self.progress
         self.reference.before_rollout(progress.rollout)
-        self.sources.begin(progress.rollout)
+        self.sources.begin(progress.rollout, progress.update)
         with self.stopwatch("rollout"), self._autocast():
             place = (progress.rollout, progress.update)
             whole = self.processes.share(self.sources.whole(*place, report.note) if self.processes.is_main else [])
@@ -274,7 +274,7 @@ class GVPOTrainer:
         if self.sources.replay is not None:
             made = [None if row.offline else group for row, group in zip(rows, groups, strict=True)]
             everyones = [group for group in self.processes.interleave(made) if group is not None]
-            self.sources.replay.add(everyones, update=self.progress.update)
+            self.sources.replay.add(everyones)
 
     def _update(self) -> dict[str, Any]:
         """groups -> score -> weights -> backward -> optimizer. Returns the update's metrics."""
@@ -298,7 +298,6 @@ class GVPOTrainer:
                 processes=self.processes,
             )
             grad_norm = self._step()
-        drawn_at = progress.update - progress.batch
         progress.update += 1
         progress.batch += 1
         if progress.batch == config.updates_per_rollout * config.epochs_per_rollout:
@@ -310,7 +309,6 @@ class GVPOTrainer:
                 gradients.logps_N.tolist(),
                 gradients.ref_logps_N.tolist(),
                 update=progress.update - 1,
-                drawn_at=drawn_at,
             )
         )
         losses = self.processes.interleave([float(gradients.loss)])

@@ -39,18 +39,17 @@ def members_of(
     refs: Sequence[float],
     *,
     update: int,
-    drawn_at: int,
 ) -> list[Member]:
     """The members of these groups; numbers: one per group; logps, refs: one per member, end to end.
 
-    update: how many are done; drawn_at: how many were when the policy drew its members.
+    update: how many are done; a member's meta says how many were when a policy drew it.
     """
     members, place = [], 0
     for group, number in zip(groups, numbers, strict=True):
         for one in group.completions:
             assert one.reward is not None and one.token_ids is not None
             tokens, rewards = len(one.token_ids), function_rewards(one)
-            drawn = one.meta.get("update", drawn_at if one.source == "policy" else None)
+            drawn = one.meta.get("update")
             age = update - drawn if isinstance(drawn, int) else None
             members.append(
                 Member(number, one.reward, logps[place], refs[place], tokens, one.truncated, one.source, rewards, age)

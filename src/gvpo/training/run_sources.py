@@ -57,8 +57,8 @@ class RunSources:
                     self.members.append(load_teacher(spec, tokenizer, device, config.max_completion_length))
                 case _ if hasattr(spec, "fill"):
                     self.members.append(spec)
-        if plan.mixture.one(PolicySpec):
-            self.members.append(PolicySource(sampler, tokenizer, params))
+        self.policy = PolicySource(sampler, tokenizer, params) if plan.mixture.one(PolicySpec) else None
+        self.members += [] if self.policy is None else [self.policy]
 
     @property
     def stateful(self) -> dict[str, Stateful]:
@@ -67,10 +67,12 @@ class RunSources:
         named = {f"{place}-{type(source).__name__}": source for place, source in enumerate(own)}
         return {n: one for n, one in {"replay": self.replay, "files": self.files, **named}.items() if one is not None}
 
-    def begin(self, rollout: int) -> None:
-        """On every process, before this rollout (from 0) is drawn."""
+    def begin(self, rollout: int, update: int) -> None:
+        """On every process, before this rollout (from 0) is drawn; update: how many are done."""
         if self.replay is not None:
             self.replay.rollout = rollout
+        if self.policy is not None:
+            self.policy.update = update
 
     def whole(self, rollout: int, update: int, note: Callable[[str], None]) -> list[Row]:
         """The next rollout's whole groups, as rows with completions: the files', then those that are replayed.
