@@ -39,8 +39,8 @@ ARMS = {
     "history 4:4, initial": Arm([POLICY, {"type": "replay", "members": 4}], INITIAL),
     "demonstration, history, drawn 1:3:4, initial": Arm([POLICY, SHOWN, {"type": "replay", "members": 3}], INITIAL),
 }
-"""In the order in which they are run; groups of 8 for 8 prompts an update. The last three were added when the others had
-been seen."""
+"""In the order in which they are run; groups of 8 for 8 prompts an update. The last three were added when the others
+had been seen."""
 
 
 @dataclass(frozen=True)
