@@ -5,10 +5,9 @@
 
 SmolLM2-135M-Instruct, 32 prompts that come again and again, groups of 8 completions, 8 groups an update, one rollout of
 8 prompts at a time; five seeds. Every second update 100 held-out prompts are answered greedily; a run ends when 80 of
-them are right, or after 60 updates. One JSON row a run is appended to results/TASK.jsonl; a run that is there is not
-made again. Seconds are those of the processor (all threads), without evaluations, loading and what else the machine
-does.
-Needs the extra `tasks` for `family`.
+them are right, or after 60 updates (`family`: 30). One JSON row a run is appended to results/TASK.jsonl; a run that is
+there is not made again. Seconds are those of the processor (all threads), without evaluations, loading and what else
+the machine does. Needs the extra `tasks` for `family`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ from arms import ARMS, task
 from gvpo import GVPOConfig, GVPOTrainer, load_model
 
 RESULTS = Path(__file__).parent / "results"
-SEEDS, GOAL, LONGEST_RUN, EVERY = range(5), 0.8, 60, 2
+SEEDS, GOAL, EVERY = range(5), 0.8, 2
+LONGEST_RUN = {"demo": 60, "family": 30}
+"""Updates, by task."""
 
 
 class Reached(Exception):
@@ -68,7 +69,7 @@ def run(task_name: str, arm_name: str, seed: int, start: tuple[Any, Any]) -> dic
         seed=seed,
         groups_per_update=8,
         updates_per_rollout=1,
-        max_steps=LONGEST_RUN,
+        max_steps=LONGEST_RUN[task_name],
         lr_scheduler_type="constant",
         reward_weights=data.weights,
         eval_steps=EVERY,
