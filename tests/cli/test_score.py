@@ -177,7 +177,7 @@ def test_a_folder_is_its_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     Path("folder").mkdir()
     for name in ("b.jsonl", "a.jsonl", ".hidden.jsonl", "c.parquet"):
         write_groups([group("a", "b")], Path("folder") / name)
-    assert score("--reward", "judge:length", "folder", "folder/../folder/a.jsonl", "folder/c.parquet") == 0
+    assert score("--reward", "judge:length", "folder", "folder/../folder/a.jsonl", "folder/c.parquet", "--again") == 0
     assert capsys.readouterr().out.endswith("3 groups scored, 0 had rewards; mean reward 1\n")
     scored = [name for name in ("a.jsonl", "b.jsonl", "c.parquet") if rewards_of(f"folder/{name}") == [[1, 1]]]
     assert scored == ["a.jsonl", "b.jsonl", "c.parquet"]
