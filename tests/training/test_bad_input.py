@@ -111,6 +111,13 @@ def test_ids_outside_the_vocabulary(sampled: bool) -> None:
     assert message.startswith(f"train_dataset, row 2, field {field!r}: token id 16 is outside")
 
 
+def test_ids_that_are_not_their_text() -> None:
+    """What another tokenizer made, with ids that this one has too."""
+    group = Group("ab", [Completion("c", [2, 15], reward=0.0), Completion("d", [4, 15], reward=1.0)], prompt_ids=[0, 1])
+    said = refusal(tiny_model(), [group], tokenizer=letters_tokenizer())
+    assert "row 1, field 'completions[1].token_ids': they are 'e' to this tokenizer and 'd' as text" in said
+
+
 def test_groups_of_one_alone_teach_nothing() -> None:
     one = Group(None, [Completion(None, [1], reward=1.0)], prompt_ids=[1])
     assert "neither this group nor any other has two completions" in at_start(tiny_model(), [one, one])

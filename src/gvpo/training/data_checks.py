@@ -71,6 +71,7 @@ def check_prompts(
     for row in rows:
         _check_encodable(row, row.completions, tokenizer)
         _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
+        _check_texts(row, tokenizer)
     for row, spec in [(row, spec) for spec in specs for row in rows if not row.offline]:
         _check_demonstration(row, spec, tokenizer, config, context)
     for row in eval_rows:  # answers are drawn anew, whatever the row brings, and not back-propagated
@@ -89,6 +90,11 @@ def check_group(row: Row, tokenizer: Any | None, model: Any, config: GVPOConfig,
     _check_ids(row, vocabulary)
     _check_encodable(row, row.completions, tokenizer)
     _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
+    _check_texts(row, tokenizer)
+
+
+def _check_texts(row: Row, tokenizer: Any | None) -> None:
+    """Token ids that come with their text must be this tokenizer's."""
     for place, one in enumerate(row.completions):
         if tokenizer is None or one.text is None or one.token_ids is None:
             continue
