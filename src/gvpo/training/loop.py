@@ -232,7 +232,9 @@ class GVPOTrainer:
         self.sources.begin(progress.rollout)
         with self.stopwatch("rollout"), self._autocast():
             place = (progress.rollout, progress.update)
-            whole = self.processes.share(self.sources.whole(*place, report.note) if self.processes.is_main else [])
+            whole = self.sources.whole(
+                *place, self.processes, report.note, lambda: self.sigterm.look_together(self.processes)
+            )
             fresh = self.order.take(progress.position, config.groups_per_rollout - len(whole))
             rows = self.processes.mine(arrange(whole, fresh, config.updates_per_rollout))
             seeds = [draw_seed(config.seed, progress.rollout, n) for n in range(config.groups_per_rollout)]
