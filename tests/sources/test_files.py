@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gvpo.errors import UserError
-from gvpo.group_files import write_groups
+from gvpo.group_files import append_groups, write_groups
 from gvpo.groups import Completion, Group
 from gvpo.sources.files import GroupFiles
 from gvpo.sources.specs import FilesSpec
@@ -108,6 +108,48 @@ def test_a_used_file_may_be_removed_before_a_run_goes_on(tmp_path: Path) -> None
     assert taken(other, 9) == "d"
 
 
+def test_groups_that_are_appended_are_taken_after_the_files_others(tmp_path: Path) -> None:
+    drop(tmp_path, "a.jsonl", "ab")
+    source = files(tmp_path, follow=True)
+    assert taken(source, 9) == "ab"
+    append_groups([group("c"), group("d")], tmp_path / "a.jsonl")
+    source.look()
+    assert taken(source, 1) == "c"
+    append_groups([group("e")], tmp_path / "a.jsonl")
+    source.look()
+    assert source.held == 5 and taken(source, 9) == "de"
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_run_that_goes_on_takes_what_was_appended_meanwhile(tmp_path: Path, follow: bool) -> None:
+    data, kept = tmp_path / "data", tmp_path / "kept"
+    data.mkdir(), kept.mkdir()
+    drop(data, "a.jsonl", "ab")
+    source = files(data, follow=follow)
+    assert taken(source, 2) == "ab"
+    source.save(kept)
+    append_groups([group("c")], data / "a.jsonl")
+    other = files(data, follow=follow)
+    other.load(kept)
+    assert taken(other, 9) == "c"
+
+
+def test_a_file_that_grows_when_its_groups_come_again_is_refused(tmp_path: Path) -> None:
+    """How often each was used is one count a file: the new ones would be taken for used, or the old ones come again."""
+    drop(tmp_path, "a.jsonl", "ab")
+    source = files(tmp_path, follow=True, uses=2)
+    assert taken(source, 3) == "aba"
+    append_groups([group("c")], tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="has grown from 2 groups to 3 after some were used again"):
+        source.look()
+
+
+def test_a_file_cannot_be_followed(tmp_path: Path) -> None:
+    drop(tmp_path, "a.jsonl", "a")
+    with pytest.raises(UserError, match="is a file, and only a folder can be followed"):
+        files(tmp_path / "a.jsonl", follow=True)
+
+
 def test_stale_groups_are_left_out_and_counted(tmp_path: Path) -> None:
     drop(tmp_path, "a.jsonl", "a", update=3)
     drop(tmp_path, "b.jsonl", "b", update=7)
@@ -155,7 +197,7 @@ def test_a_row_that_is_no_group_is_named(tmp_path: Path, line: str, message: str
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder to follow"):
         files(tmp_path / "none", follow=True)
-    with pytest.raises(UserError, match="unknown extension"):
+    with pytest.raises(UserError, match="none: no such file or folder"):
         files(tmp_path / "none")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter
 from pathlib import Path
 from statistics import pstdev
+from typing import Any
 
 import pytest
 
@@ -161,6 +163,23 @@ def test_a_full_disk_is_one_line_and_what_was_held_stays() -> None:
     with pytest.raises(UserError, match=r"TMPDIR.*full.*make room on the disk and resume, or lower capacity"):
         replay.add([large])
     assert held(replay) == [10]
+
+
+@pytest.mark.parametrize("read", [lambda held: held.whole(2, 0), lambda held: held.fill([row(1)], [2], [0])])
+def test_a_full_disk_while_groups_are_read_is_one_line(read: Any) -> None:
+    """SQLite makes room in memory for what it reads by writing what it holds."""
+    replay = buffer(groups=2, members=1)
+    replay._db.close()
+    replay._db = Full()  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UserError, match=r"TMPDIR.*full; make room on the disk and resume"):
+        read(replay)
+
+
+class Full:
+    """A connection to a database whose disk is full."""
+
+    def execute(self, *query: Any) -> Any:
+        raise sqlite3.OperationalError("database or disk is full")
 
 
 def test_an_empty_buffer_gives_nothing(tmp_path: Path) -> None:

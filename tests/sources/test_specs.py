@@ -38,6 +38,7 @@ def test_mappings_become_specs_and_sources_of_ones_own_stay() -> None:
         ([{"type": "replay", "members": -1}], "field 'members': input should be greater than or equal to 0, got -1"),
         ([{"type": "files"}], "field 'path': field required"),
         ([{"type": "demonstration", "column": "x", "reward": float("nan")}], "field 'reward'"),
+        ([{"type": "demonstration", "column": "x", "reward": float("inf")}], "field 'reward': give a finite number"),
     ],
 )
 def test_a_wrong_source_is_one_line(sources: Any, message: str) -> None:
@@ -55,6 +56,7 @@ def test_a_config_names_its_own_field() -> None:
     ("sources", "message"),
     [
         ([POLICY, POLICY], "'policy' is given twice"),
+        ([POLICY, {"type": "replay", "groups": 3}], "3 whole groups leave no place for a new one"),
         ([POLICY, {"type": "replay", "members": 4}], "4 members from other sources leave the policy none"),
         ([{"type": "teacher", "model": "m", "members": 5}], "5 members are more than num_generations=4"),
         ([{"type": "demonstration", "column": "a"}], "one completion a group teaches nothing"),

@@ -25,6 +25,7 @@ from training_helpers import (
 )
 
 from gvpo.errors import UserError
+from gvpo.group_files import write_groups
 from gvpo.groups import Completion, Group
 from gvpo.training.loop import GVPOTrainer
 
@@ -109,6 +110,15 @@ def test_ids_outside_the_vocabulary(sampled: bool) -> None:
     message = at_start(tiny_model(), [*prompts(1), *rows], first_token)
     field = "prompt_ids" if sampled else "completions[1].token_ids"
     assert message.startswith(f"train_dataset, row 2, field {field!r}: token id 16 is outside")
+
+
+def test_ids_that_are_not_their_text(tmp_path: Path) -> None:
+    """What another tokenizer made, with ids that this one has too; ids that a program gives are used as they are."""
+    group = Group("ab", [Completion("c", [2, 15], reward=0.0), Completion("d", [4, 15], reward=1.0)], prompt_ids=[0, 1])
+    write_groups([group], tmp_path / "a.jsonl")
+    said = refusal(tiny_model(), str(tmp_path / "a.jsonl"), tokenizer=letters_tokenizer())
+    assert "line 1, field 'completions[1].token_ids': they are 'e' to this tokenizer and 'd' as text" in said
+    run(tiny_model(), [group], tokenizer=letters_tokenizer(), max_steps=1)
 
 
 def test_groups_of_one_alone_teach_nothing() -> None:

@@ -165,6 +165,16 @@ def test_wrong_rows_of_a_list_and_of_parquet_are_counted_from_one(tmp_path: Path
     assert refusal(parquet).startswith(f"{parquet}, row 2, field 'prompt'")
 
 
+def test_an_id_is_for_one_draw(tmp_path: Path) -> None:
+    pair = {"id": "a", "completions": [{"text": "x", "reward": 0}, {"text": "y", "reward": 1}]}
+    file = lines(tmp_path, pair | {"prompt": "p"}, pair | {"prompt": "p", "id": "b"}, pair | {"prompt": "p"})
+    assert refusal(file).startswith(f"{file}, line 3, field 'id': 'a' is the id of another group too ({file}, line 1)")
+    file = lines(tmp_path, pair | {"prompt": "p"}, pair | {"prompt": "q"})
+    assert "another group too, with another prompt" in refusal(file)
+    # The id of a prompt that groups are drawn for is a column like any other.
+    assert len(read_rows([{"prompt": "p", "id": "a"}] * 2)) == 2
+
+
 def test_nothing_to_read(tmp_path: Path) -> None:
     assert "no rows" in refusal([])
     assert "no rows" in refusal(lines(tmp_path))

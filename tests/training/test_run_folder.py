@@ -285,6 +285,13 @@ def test_rows_are_cut_back_to_an_update(tmp_path: Path) -> None:
     assert (tmp_path / "timings.jsonl").read_text() == "".join(whole[:3])
 
 
+def test_policies_of_later_updates_go_too(tmp_path: Path) -> None:
+    for name in ("update-000002", "update-000003", "update-mine"):
+        (tmp_path / "policy" / name).mkdir(parents=True)
+    RunFolder(tmp_path, resume=True).cut_back(2, 1, [])
+    assert sorted(folder.name for folder in (tmp_path / "policy").iterdir()) == ["update-000002", "update-mine"]
+
+
 def test_a_file_that_holds_no_rows_is_refused_before_anything_goes(tmp_path: Path) -> None:
     (tmp_path / "timings.jsonl").write_text("mine\n")
     (tmp_path / "checkpoints" / "step-4").mkdir(parents=True)

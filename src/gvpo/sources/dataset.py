@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,9 @@ from gvpo.errors import FieldError, UserError, located
 from gvpo.group_files import numbered_rows
 from gvpo.groups import DATASET_KEYS, Completion, Group, group_from_dict
 from gvpo.hub import check_hub
+
+Ids = dict[str, tuple[str, bytes]]
+"""Groups by id: where each is, and a hash of its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,10 @@ def read_rows(data: Any, *, prompt_column: str = "prompt", name: str = "train_da
         kind = type(data).__name__
         raise UserError(f"{name}: expected a dataset, a list of rows or of Groups, or a path, got {kind}")
     rows = [read_row(row, where, prompt_column) for where, row in source]
+    ids: Ids = {}
+    # Who makes groups in a program may give one twice: that is no draw that was written down again.
+    for row in rows if isinstance(data, str | Path) else []:
+        check_id(row, ids)
     if not rows:
         raise UserError(f"{name}: no rows; give at least one prompt")
     return rows
@@ -99,6 +108,24 @@ def read_row(row: Any, where: str, prompt_column: str = "prompt") -> Row:
         if not isinstance(row, Mapping):
             raise UserError(f"expected an object with {prompt_column!r}, got {row!r:.60}")
         return _mapping_row(row, where, prompt_column)
+
+
+def check_id(row: Row, ids: Ids) -> None:
+    """Refuse a group whose id another has: an id is for one draw. ids: of the rows before it; its own is added.
+
+    Raises UserError.
+    """
+    if row.id is None:
+        return
+    given = row.prompt_ids if row.prompt is None else row.prompt
+    prompt = hashlib.blake2b(json.dumps(given, sort_keys=True, default=str).encode(), digest_size=16).digest()
+    where, same = ids.setdefault(row.id, (row.where, prompt))
+    if where != row.where:
+        also = "" if same == prompt else ", with another prompt"
+        raise UserError(
+            f"{row.where}, field 'id': {row.id!r} is the id of another group too{also} ({where}); an id is for one "
+            "draw: remove one of them, or give it an id of its own"
+        )
 
 
 def _group_row(group: Group, where: str) -> Row:

@@ -2,13 +2,13 @@
 
 A folder's files are taken in the order of their names; of those that appear later, each look's new ones come after.
 A file is whole when it appears under its name (an atomic rename: `write_groups` and `gvpo sample` do that); names that
-begin with a dot are passed over. Files are read, never changed or removed. What was taken is a few numbers in the
-checkpoint: a run that goes on from there takes the groups after it.
+begin with a dot are passed over. Groups that are appended to a file come after its others. Files are read, never
+changed or removed. What was taken is a few numbers in the checkpoint: a run that goes on from there takes the groups
+after it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from typing import Any
 from gvpo.errors import UserError
 from gvpo.group_files import numbered_rows
 from gvpo.groups import Completion
-from gvpo.sources.dataset import Row, read_row
+from gvpo.sources.dataset import Ids, Row, check_id, read_row
 from gvpo.sources.specs import FilesSpec
 
 STATE = "files.json"
@@ -28,11 +28,12 @@ STATE = "files.json"
 
 @dataclass
 class _File:
-    """One file's groups. taken: how many so far, over all passes; seen: read through, its ids noted."""
+    """One file's groups. taken: how many so far, over all passes; size: in bytes when it was read through and its ids
+    were noted, None if it was not."""
 
     groups: int
     taken: int = 0
-    seen: bool = False
+    size: int | None = None
 
     @property
     def passes(self) -> int:
@@ -51,19 +52,25 @@ class GroupFiles:
     check: Callable[[Row], None] = lambda row: None
     stale: int = 0
     _files: dict[str, _File] = field(default_factory=dict)
-    _ids: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    _ids: Ids = field(default_factory=dict)
     _open: tuple[str, int, Iterator[Row]] | None = None
 
     def look(self) -> None:
-        """Take in the files that are new, in the order of their names.
+        """Take in the files that are new, in the order of their names, and the groups that others have got since.
 
         Raises UserError for a row that is no group, a group id that was seen, and a folder that cannot be read.
         """
         for path in self._paths():
             known = self._files.get(path.name)
-            if known is None or not known.seen:
-                groups = sum(1 for row in self._rows(path) if self._is_new(row))
-                self._files[path.name] = _File(groups, known.taken if known else 0, seen=True)
+            size = path.stat().st_size if path.exists() else None
+            if known is None or known.size is None or known.size != size:
+                groups = 0
+                for row in self._rows(path):
+                    check_id(row, self._ids)
+                    groups += 1
+                read = _File(groups, size=size)
+                self._files[path.name] = read if known is None else self._again(path.name, known, read)
+                self._open = None
 
     @property
     def held(self) -> int:
@@ -95,7 +102,7 @@ class GroupFiles:
         now, self._open = self._files, None
         # Files in the order in which they were found then; what has appeared since comes after them.
         self._files = {
-            name: _File(groups, taken, seen=name in now and now[name].seen)
+            name: self._again(name, _File(groups, taken), now.get(name))
             for name, (groups, taken) in state["files"].items()
         }
         self._files |= {name: replace(file, taken=0) for name, file in now.items() if name not in self._files}
@@ -136,24 +143,23 @@ class GroupFiles:
         self._open = (name, place + 1, rows)
         return row
 
+    def _again(self, name: str, known: _File, read: _File | None) -> _File:
+        """A file that is known, as it was read anew: groups may have been appended to it."""
+        if read is None:
+            return known
+        if read.groups > known.groups < known.taken:
+            raise UserError(
+                f"{self._path(name)}: has grown from {known.groups} groups to {read.groups} after some were used "
+                "again; put the new ones into a file of their own"
+            )
+        return _File(max(known.groups, read.groups), known.taken, read.size)
+
     def _rows(self, path: Path) -> Iterator[Row]:
         for where, values in numbered_rows(path):
             row = read_row(values, where)
             if not row.offline:
                 raise UserError(f"{where}, field 'completions': missing; files hold groups with their completions")
             yield row
-
-    def _is_new(self, row: Row) -> bool:
-        if row.id is not None:
-            prompt = _hash_of_prompt(row)
-            where, same = self._ids.setdefault(row.id, (row.where, prompt))
-            if where != row.where:
-                also = "" if same == prompt else ", with another prompt"
-                raise UserError(
-                    f"{row.where}, field 'id': {row.id!r} is the id of another group too{also} ({where}); an id is for "
-                    "one draw: remove one of them, or give it an id of its own"
-                )
-        return True
 
     def _is_stale(self, row: Row, update: int) -> bool:
         ages = [update - one.meta["update"] for one in row.completions if isinstance(one.meta.get("update"), int)]
@@ -163,7 +169,12 @@ class GroupFiles:
         path = Path(self.spec.path)
         if not path.is_dir():
             if self.spec.follow:
-                raise UserError(f"{path}: there is no such folder to follow; make it, or name one (files: path)")
+                what = "is a file, and only a folder can be followed" if path.exists() else "no such folder to follow"
+                raise UserError(f"{path}: {what}; name the folder that samplers write to, or make it (files: path)")
+            if not path.exists():
+                raise UserError(
+                    f"{path}: no such file or folder; check the path (the working directory is {Path.cwd()})"
+                )
             return [path]
         found = [file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet") and file.name[0] != "."]
         return sorted(found)
@@ -176,8 +187,3 @@ class GroupFiles:
 def _from_elsewhere(one: Completion) -> Completion:
     """What a sampler calls the policy's is not drawn by this run: metrics tell the two apart."""
     return replace(one, source="files") if one.source == "policy" else one
-
-
-def _hash_of_prompt(row: Row) -> bytes:
-    prompt = row.prompt_ids if row.prompt is None else row.prompt
-    return hashlib.blake2b(json.dumps(prompt, sort_keys=True, default=str).encode(), digest_size=16).digest()

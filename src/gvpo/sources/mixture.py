@@ -86,6 +86,11 @@ class Mixture:
             return "files alone make up every update; leave out groups, or add {type: policy} for the others"
         if (whole := self.whole_per_update(groups_per_update)) > groups_per_update:
             return f"{whole} whole groups are more than groups_per_update={groups_per_update}; lower groups"
+        if whole == groups_per_update and self.replay is not None and self.replay.groups:
+            return (
+                f"{whole} whole groups leave no place for a new one in groups_per_update={groups_per_update}: the same "
+                "ones would come again for ever; lower groups"
+            )
         return None
 
 

@@ -72,20 +72,23 @@ class ReplayBuffer:
     def fill(self, rows: Sequence[Row], wanted: Sequence[int], seeds: Sequence[int]) -> list[list[Completion]]:
         """Earlier members of each row's prompt, spec.members and wanted[i] at most."""
         counts = [min(self.spec.members, count) for count in wanted]
-        return [
-            self._members(prompt_ids(row, self._tokenizer), count, seed) if count > 0 else []
-            for row, count, seed in zip(rows, counts, seeds, strict=True)
-        ]
+        with _disk():
+            return [
+                self._members(prompt_ids(row, self._tokenizer), count, seed) if count > 0 else []
+                for row, count, seed in zip(rows, counts, seeds, strict=True)
+            ]
 
     def whole(self, count: int, seed: int) -> list[Row]:
         """At most `count` different groups, as rows that bring their own completions and rewards."""
-        columns = self._columns()
-        chosen = _choose(self._weights(columns), count, seed)
-        return [_row(self._group(int(columns["number"][place]))) for place in chosen]
+        with _disk():  # reading makes room for a page by writing another one
+            columns = self._columns()
+            chosen = _choose(self._weights(columns), count, seed)
+            return [_row(self._group(int(columns["number"][place]))) for place in chosen]
 
     def ages(self) -> dict[str, float]:
         """What the metrics say of it: groups held, and their mean age in rollouts."""
-        columns = self._columns()
+        with _disk():
+            columns = self._columns()
         held = len(columns["number"])
         return {"replay/groups": float(held)} | (
             {"replay/age": float(np.mean(self.rollout - columns["rollout"]))} if held else {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gvpo.errors import UserError, nearest
 
@@ -53,6 +54,14 @@ class DemonstrationSpec(_Spec):
     reward: float | str | None = Field(
         None, description="Their reward: a number, a column with one for each answer, or computed by reward_funcs."
     )
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _is_finite(cls, reward: Any) -> Any:
+        # Else a number that is refused as a number would be taken for the name of a column.
+        if isinstance(reward, float) and not math.isfinite(reward):
+            raise ValueError("give a finite number, or the name of a column")
+        return reward
 
 
 class TeacherSpec(_Spec):

@@ -58,9 +58,12 @@ def check_prompts(
     model: Any,
     config: GVPOConfig,
     specs: Sequence[DemonstrationSpec] = (),
+    *,
+    from_file: bool = False,
 ) -> None:
     """Every prompt must be encodable, and fit the model and the token budget with its completions, those of specs too.
 
+    from_file: the rows were read from one, which may have been made with another tokenizer.
     Raises UserError naming the row.
     """
     context, vocabulary = _limits(model)
@@ -71,6 +74,8 @@ def check_prompts(
     for row in rows:
         _check_encodable(row, row.completions, tokenizer)
         _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
+        if from_file:
+            _check_texts(row, tokenizer)
     for row, spec in [(row, spec) for spec in specs for row in rows if not row.offline]:
         _check_demonstration(row, spec, tokenizer, config, context)
     for row in eval_rows:  # answers are drawn anew, whatever the row brings, and not back-propagated
@@ -89,6 +94,11 @@ def check_group(row: Row, tokenizer: Any | None, model: Any, config: GVPOConfig,
     _check_ids(row, vocabulary)
     _check_encodable(row, row.completions, tokenizer)
     _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
+    _check_texts(row, tokenizer)
+
+
+def _check_texts(row: Row, tokenizer: Any | None) -> None:
+    """Token ids that come with their text must be this tokenizer's."""
     for place, one in enumerate(row.completions):
         if tokenizer is None or one.text is None or one.token_ids is None:
             continue

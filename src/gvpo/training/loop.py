@@ -94,7 +94,8 @@ class GVPOTrainer:
         if not isinstance(model, nn.Module):
             self.model, own_tokenizer = load_model(model)
             self.tokenizer = own_tokenizer if tokenizer is None else tokenizer
-        check_prompts(plan.rows, plan.eval_rows, self.tokenizer, self.model, config, plan.mixture.demonstrations)
+        checked = (self.tokenizer, self.model, config, plan.mixture.demonstrations)
+        check_prompts(plan.rows, plan.eval_rows, *checked, from_file=self.dataset_name is not None)
         if config.disable_dropout:
             disable_dropout(self.model)
         if config.gradient_checkpointing:
@@ -232,7 +233,9 @@ class GVPOTrainer:
         self.sources.begin(progress.rollout, progress.update)
         with self.stopwatch("rollout"), self._autocast():
             place = (progress.rollout, progress.update)
-            whole = self.processes.share(self.sources.whole(*place, report.note) if self.processes.is_main else [])
+            whole = self.sources.whole(
+                *place, self.processes, report.note, lambda: self.sigterm.look_together(self.processes)
+            )
             fresh = self.order.take(progress.position, config.groups_per_rollout - len(whole))
             rows = self.processes.mine(arrange(whole, fresh, config.updates_per_rollout))
             seeds = [draw_seed(config.seed, progress.rollout, n) for n in range(config.groups_per_rollout)]

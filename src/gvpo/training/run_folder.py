@@ -40,8 +40,9 @@ class RunFolder:
     def cut_back(self, update: int, rollout: int, history: Sequence[Mapping[str, Any]]) -> None:
         """Make the folder what it was after this update and rollout: what came later is made again.
 
-        history: the rows of metrics.jsonl until then, which it will hold, in a new folder too. Later checkpoints go:
-        they are of a branch that is given up. So does what a crash left unfinished: a line, a file, a folder.
+        history: the rows of metrics.jsonl until then, which it will hold, in a new folder too. Later checkpoints and
+        published policies go: they are of a branch that is given up. So does what a crash left unfinished: a line, a
+        file, a folder.
         """
         if self.path is None:
             return
@@ -52,6 +53,9 @@ class RunFolder:
             # A checkpoint needs the completions up to it: it goes before them.
             for folder in reversed(checkpoints(self.path)):
                 if _number(folder) > update:
+                    remove_folder(folder)
+            for folder in (self.path / "policy").glob("update-*"):
+                if folder.name.removeprefix("update-").isdigit() and _number(folder) > update:
                     remove_folder(folder)
             for name, rows in (("metrics.jsonl", history), ("timings.jsonl", timings)):
                 replace_text(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))

@@ -21,6 +21,7 @@ from gvpo.training.checkpoint import Stateful
 from gvpo.training.config import GVPOConfig
 from gvpo.training.data_checks import check_group
 from gvpo.training.plan import RunPlan
+from gvpo.training.processes import OneProcess
 
 LOOK_AGAIN = 0.5
 """Seconds between two looks into a folder that is followed."""
@@ -74,41 +75,49 @@ class RunSources:
         if self.policy is not None:
             self.policy.update = update
 
-    def whole(self, rollout: int, update: int, note: Callable[[str], None]) -> list[Row]:
+    def whole(
+        self, rollout: int, update: int, processes: OneProcess, note: Callable[[str], None], look: Callable[[], None]
+    ) -> list[Row]:
         """The next rollout's whole groups, as rows with completions: the files', then those that are replayed.
 
-        Waits for files where nothing else makes up an update. rollout, update: how many are begun or done.
+        Called on every process, with the same result. Waits for files where nothing else makes up an update; look: what
+        all of them do meanwhile, again and again. rollout, update: how many are begun or done.
         Raises UserError for a file that cannot be used, and when the files have come to their end.
         """
-        updates = self._config.updates_per_rollout
-        rows = [] if self.files is None else self._from_files(update, note)
-        if self.replay is not None:
+        rows = [] if self.files is None else self._from_files(update, processes, note, look)
+        if self.replay is not None and processes.is_main:
             seed = draw_seed(self._config.seed, rollout)
-            rows += self.replay.whole(self.replay.spec.groups * updates, seed)
-        return rows
+            rows += self.replay.whole(self.replay.spec.groups * self._config.updates_per_rollout, seed)
+        return processes.share(rows)
 
     def metrics(self) -> dict[str, float]:
         """What is held, and what was passed over."""
         row = {} if self.replay is None else self.replay.ages()
         return row if self.files is None else row | {"files/stale": float(self.files.stale)}
 
-    def _from_files(self, update: int, note: Callable[[str], None]) -> list[Row]:
+    def _from_files(
+        self, update: int, processes: OneProcess, note: Callable[[str], None], look: Callable[[], None]
+    ) -> list[Row]:
+        """On the main process the rows, on the others none."""
         files, config = self.files, self._config
         assert files is not None
         wanted = (files.spec.groups or config.groups_per_update) * config.updates_per_rollout
-        rows = self._look_and_take(wanted, update)
+        rows = self._look_and_take(wanted, update) if processes.is_main else []
         said = -STILL_WAITING
-        while files.spec.groups is None and len(rows) < wanted:
-            if not files.spec.follow:
+        # The others come back from every exchange at once: one that waits for minutes runs into its time limit.
+        while files.spec.groups is None and processes.share(len(rows) < wanted):
+            look()
+            if processes.is_main and not files.spec.follow:
                 raise UserError(
                     f"{files.spec.path}: all groups are used, {files.stale} of them left out as stale; add groups, "
                     "raise uses or max_staleness, or lower max_steps"
                 )
-            if time.monotonic() - said >= STILL_WAITING:
+            if processes.is_main and time.monotonic() - said >= STILL_WAITING:
                 said = time.monotonic()
                 note(f"waiting for groups in {files.spec.path}: {len(rows)} of {wanted} are there")
             time.sleep(LOOK_AGAIN)
-            rows += self._look_and_take(wanted - len(rows), update)
+            if processes.is_main:
+                rows += self._look_and_take(wanted - len(rows), update)
         return rows
 
     def _look_and_take(self, count: int, update: int) -> list[Row]:
