@@ -16,7 +16,6 @@ PROMPTS, HELD_OUT = 32, 100
 """Few enough that every prompt comes again: history needs one."""
 
 POLICY = {"type": "policy"}
-INITIAL = {"reference": "initial"}
 SHOWN = {"type": "demonstration", "column": "demonstration"}
 
 
@@ -35,12 +34,11 @@ ARMS = {
     "4 epochs per rollout": Arm([POLICY], {"epochs_per_rollout": 4}),
     "demonstrations 1:7": Arm([POLICY, SHOWN]),
     "2 epochs per rollout": Arm([POLICY], {"epochs_per_rollout": 2}),
-    "on-policy, initial": Arm([POLICY], INITIAL),
-    "history 4:4, initial": Arm([POLICY, {"type": "replay", "members": 4}], INITIAL),
-    "demonstration, history, drawn 1:3:4, initial": Arm([POLICY, SHOWN, {"type": "replay", "members": 3}], INITIAL),
+    "demonstrations 1:3, k = 4": Arm([POLICY, SHOWN], {"num_generations": 4}),
+    "on-policy, k = 4": Arm([POLICY], {"num_generations": 4}),
 }
-"""In the order in which they are run; groups of 8 for 8 prompts an update. The last three were added when the others
-had been seen."""
+"""In the order in which they are run; groups of 8 for 8 prompts an update, but where k is named. The last two were added
+when the others had been seen."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def run(task_name: str, arm_name: str, seed: int, start: tuple[Any, Any]) -> dic
         seed=seed,
         groups_per_update=8,
         updates_per_rollout=1,
+        reference="rollout",
         max_steps=LONGEST_RUN[task_name],
         lr_scheduler_type="constant",
         reward_weights=data.weights,
@@ -76,7 +77,7 @@ def run(task_name: str, arm_name: str, seed: int, start: tuple[Any, Any]) -> dic
         eval_on_start=True,
         bf16=True,
         disable_tqdm=True,
-        **{"num_generations": 8, "reference": "rollout", **data.settings, **arm.settings},
+        **{"num_generations": 8, **data.settings, **arm.settings},
     )
     trainer = Watched(
         copy.deepcopy(model),
