@@ -4,8 +4,8 @@ One process: the time of one update and the write of a checkpoint. Drawing, rewa
 that cannot be put back, are left at once; before the reference scoring of each update's groups, and after each update,
 the run looks whether it was told. Several processes: after the next update, on which all of them agree, after the
 evaluation that they are in, or while they wait for groups from files; so within a rollout, an update and a write. Not
-covered: a call into compiled code, which Python does not leave, and threads of a reward function, which Python waits for
-when it exits.
+covered: a call into compiled code, which Python does not leave, and threads of a reward function, which Python waits
+for when it exits.
 """
 
 from __future__ import annotations

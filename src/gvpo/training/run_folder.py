@@ -41,8 +41,8 @@ class RunFolder:
         """Make the folder what it was after this update and rollout: what came later is made again.
 
         history: the rows of metrics.jsonl until then, which it will hold, in a new folder too. Later checkpoints
-        and published policies go: they are of a branch that is given up. So does what a crash left unfinished: a line, a
-        file, a folder.
+        and published policies go: they are of a branch that is given up. So does what a crash left unfinished: a line,
+        a file, a folder.
         """
         if self.path is None:
             return
