@@ -37,8 +37,8 @@ ARMS = {
     "demonstrations 1:3, k = 4": Arm([POLICY, SHOWN], {"num_generations": 4}),
     "on-policy, k = 4": Arm([POLICY], {"num_generations": 4}),
 }
-"""In the order in which they are run; groups of 8 for 8 prompts an update, but where k is named. The last two were added
-when the others had been seen."""
+"""In the order in which they are run; groups of 8 for 8 prompts an update, but where k is named. The last two were
+added when the others had been seen."""
 
 
 @dataclass(frozen=True)

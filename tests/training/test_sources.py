@@ -23,6 +23,7 @@ from gvpo.errors import UserError
 from gvpo.group_files import read_groups, write_groups
 from gvpo.groups import Completion, Group
 from gvpo.training.loop import GVPOTrainer
+from gvpo.training.processes import OneProcess
 
 POLICY = {"type": "policy"}
 
@@ -172,6 +173,39 @@ def test_files_alone_need_no_dataset(rollouts: list[list[Group]], tmp_path: Path
         ["g3", "g5", "g4", "g6"],
     ]
     assert trainer.history[-1]["epoch"] == pytest.approx(16 / 9)
+
+
+def test_all_processes_look_up_while_the_main_one_waits_for_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waited in a single exchange would run into its time limit, and no SIGTERM would reach it."""
+    monkeypatch.setattr("gvpo.training.run_sources.LOOK_AGAIN", 0.0)
+    files = {"type": "files", "path": str(tmp_path), "follow": True}
+    trainer = GVPOTrainer(tiny_model(), None, config=settings(max_steps=2), sources=[files])
+    told: list[Any] = []
+
+    class Main(OneProcess):
+        def share(self, value: Any) -> Any:
+            told.append(value)
+            return value
+
+    class Other(OneProcess):
+        is_main = False
+
+        def share(self, value: Any) -> Any:
+            return told.pop(0)
+
+    looks = iter(range(9))
+
+    def look() -> None:
+        if next(looks) == 1:
+            write_groups(offline_groups(4), tmp_path / "a.jsonl")
+
+    rows = trainer.sources.whole(0, 0, Main(), print, look)
+    assert len(rows) == 4 and told == [True, True, False, rows]
+    seen: list[int] = []
+    assert trainer.sources.whole(0, 0, Other(), print, lambda: seen.append(1)) == rows
+    assert len(seen) == 2 and told == []
 
 
 def test_files_beside_the_policy(rollouts: list[list[Group]], tmp_path: Path) -> None:

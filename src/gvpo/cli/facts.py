@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gvpo.errors import UserError
 from gvpo.training.config import RunConfig
@@ -27,7 +27,7 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
 
     Raises UserError as the trainer would.
     """
-    from gvpo.training.plan import plan_run
+    from gvpo.training.plan import plan_run, support_gap
 
     check_has_data(run)
     plan = plan_run(run, run.model, run.train_dataset, run.reward_funcs, run.eval_dataset, run.sources)
@@ -39,6 +39,7 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
         ("train_dataset", _count(plan.rows)),
         ("sources", _sources(plan)),
         ("eval_dataset", _count(plan.eval_rows)),
+        ("support", support_gap(run, plan.rows, plan.mixture) or "whatever the reference can give"),
         ("model", _found(run.model)),
         ("objective", run.objective),
         ("reference", str(plan.reference)),
@@ -73,11 +74,16 @@ def _count(rows: Sequence[Row]) -> str:
 
 
 def _sources(plan: RunPlan) -> str:
-    described = [
-        f"files ({plan.files.held} groups)" if spec["type"] == "files" and plan.files else spec["type"]
-        for spec in plan.mixture.described()
-    ]
-    return ", ".join(described)
+    return ", ".join(_source(spec, plan) for spec in plan.mixture.described())
+
+
+def _source(spec: dict[str, Any], plan: RunPlan) -> str:
+    """A source's type, and what it brings at most to each group and each update."""
+    quotas = [(spec.get("members"), "a group"), (spec.get("groups"), "groups an update")]
+    said = [f"{count} {what}" for count, what in quotas if count]
+    if spec["type"] == "files" and plan.files:
+        said.append(f"{plan.files.held} groups there")
+    return spec["type"] + (f" ({', '.join(said)})" if said else "")
 
 
 def _found(model: str) -> str:

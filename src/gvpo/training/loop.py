@@ -84,11 +84,12 @@ class GVPOTrainer:
         if isinstance(tokenizer, str | Path):
             raise UserError("tokenizer is a path; give the tokenizer itself (AutoTokenizer.from_pretrained(...))")
         self.plan = plan = plan_run(config, model, train_dataset, reward_funcs, eval_dataset, sources)
-        self.total_updates = plan.updates
         self.dataset_name = str(train_dataset) if isinstance(train_dataset, str | Path) else None
 
         self.accelerator = start_accelerate(config)
         self.processes = current_processes()
+        # Files may have grown between two processes' looks at them.
+        self.total_updates = self.processes.share(plan.updates)
         self.model: Any = model
         self.tokenizer = tokenizer
         if not isinstance(model, nn.Module):
@@ -103,7 +104,7 @@ class GVPOTrainer:
 
         scorer = Scorer(self.model)
         self.scorer, self.optimizer = self.accelerator.prepare(scorer, make_optimizer(scorer, config))
-        self.scheduler = make_schedule(self.optimizer.optimizer, config, plan.updates)
+        self.scheduler = make_schedule(self.optimizer.optimizer, config, self.total_updates)
         where: dict[str, Any] = {"storage": config.reference_storage, "folder": config.output_dir}
         self.reference = Reference(plan.reference, self.scorer, **where)
         self.objective = find_objective(config.objective)
