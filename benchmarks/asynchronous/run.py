@@ -35,7 +35,7 @@ GROUPS_PER_UPDATE, SAVE_STEPS = 4, 4
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--updates", type=int, default=800, help="of the trainer; kills stop when they are made")
+    parser.add_argument("--updates", type=int, default=300, help="of the trainer; kills stop when they are made")
     parser.add_argument("--model", help="what samplers and trainer start from; default: a tiny random model")
     parser.add_argument("--folder", type=Path, default=Path("runs/asynchronous"))
     parser.add_argument("--seed", type=int, default=0)
@@ -117,7 +117,7 @@ def disturb(folder: Path, jobs: dict[str, Any], draw: random.Random, kills: int)
         while (code := running["trainer"].poll()) is None:
             if made.total() < kills:
                 time.sleep(draw.uniform(2, 25))
-                victim = draw.choice(["trainer", draw.choice(["sampler 1", "sampler 2"])])
+                victim = draw.choice(list(jobs))
                 if running["trainer"].poll() is not None:
                     continue
                 os.killpg(running[victim].pid, signal.SIGKILL)
