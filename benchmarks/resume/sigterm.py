@@ -2,8 +2,8 @@
 
     python benchmarks/resume/sigterm.py [--tries 5] [--seed 0] [--threads 2]
 
-Prints one row a try: when the signal came, seconds until the process was gone, its exit code, the checkpoint's size, and
-the longest update until then, which bounds the seconds together with the write of the checkpoint.
+Prints one row a try: when the signal came, seconds until the process was gone, its exit code, the checkpoint's size,
+and the longest update until then, which bounds the seconds together with the write of the checkpoint.
 """
 
 from __future__ import annotations
