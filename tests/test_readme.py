@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "training"))
 from training_helpers import CHAT_TEMPLATE, letters_tokenizer, tiny_model
 
 from gvpo.sources.dataset import read_rows
+from gvpo.sources.mixture import Mixture
 from gvpo.training.config import RunConfig
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -38,10 +39,10 @@ def test_the_python_example_runs_on_another_model(tmp_path: Path, monkeypatch: p
     assert len(code.strip().splitlines()) <= 45
 
 
-def test_the_config_is_one() -> None:
-    for block in blocks("yaml"):
-        config = RunConfig(**yaml.safe_load(block))
-        assert config.reward_funcs and config.train_dataset
+def test_the_configs_are_some() -> None:
+    whole, sources = (RunConfig(**yaml.safe_load(block)) for block in blocks("yaml"))
+    assert whole.reward_funcs and whole.train_dataset
+    Mixture(tuple(sources.sources or ())).check(sources.num_generations, sources.groups_per_update)
 
 
 def test_the_rows_are_a_dataset(tmp_path: Path) -> None:

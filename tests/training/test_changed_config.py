@@ -22,7 +22,7 @@ from training_helpers import (
 from gvpo.errors import UserError
 from gvpo.training.config import GVPOConfig
 from gvpo.training.loop import GVPOTrainer
-from gvpo.training.same_run import FIXED, RESOLVED, UNSAID, RunIdentity
+from gvpo.training.same_run import FIXED, RESOLVED, UNSAID
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_changed_learning_rate_and_length_hold_from_here_on(saved: Path) -> No
 def test_a_setting_that_only_one_of_the_two_has_is_no_change(saved: Path) -> None:
     trainer = GVPOTrainer(tiny_model(), prompts(), first_token, config=settings(reference=2))
     state = json.loads((saved / "state.json").read_text())["state"]
-    assert RunIdentity(trainer.config, trainer.plan).check(state["fixed"], {**state["settings"], "model": "m"}) == []
+    assert trainer.state.run.check(state["fixed"], {**state["settings"], "model": "m"}) == []
 
 
 def test_a_longer_run_equals_one_that_was_long_from_the_start_if_only_saving_changed(saved: Path) -> None:

@@ -120,7 +120,7 @@ class GVPOTrainer:
         self.order = PromptOrder(plan.rows, config.seed, shuffle=config.shuffle_dataset)
         self.sampler = TorchSampler(self.model, end_token_ids(self.model, self.tokenizer))
         self.sources = RunSources(plan, config, self.sampler, self.tokenizer, self.model)
-        run = RunIdentity(config, plan)
+        run = RunIdentity(config, plan.reference, plan.mixture.described(), plan.rows)
         state = (scorer, self.optimizer.optimizer, self.scheduler, self.reference, run, self.sources.stateful)
         self.state = TrainingState(*state)
         self.sigterm = Sigterm()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gvpo.errors import UserError
 from gvpo.groups import group_to_dict
 from gvpo.sources.dataset import Row
 from gvpo.training.config import GVPOConfig
-
-if TYPE_CHECKING:
-    from gvpo.training.plan import RunPlan
 
 FIXED = (
     "objective",
@@ -50,19 +47,21 @@ RESOLVED = frozenset({"reference", "sources"})
 
 @dataclass
 class RunIdentity:
-    """A run, as its checkpoints remember it."""
+    """A run, as its checkpoints remember it: reference and sources as they were resolved, and the dataset's rows."""
 
     config: GVPOConfig
-    plan: RunPlan
+    reference: str | int
+    sources: list[Any]
+    rows: Sequence[Row]
 
     @cached_property
     def fixed(self) -> dict[str, Any]:
         """What must not change, by name; JSON. The dataset is read through for it, once."""
         return {name: getattr(self.config, name) for name in FIXED} | {
-            "reference": self.plan.reference,
-            "sources": self.plan.mixture.described(),
-            "dataset rows": len(self.plan.rows),
-            "dataset contents": _contents(self.plan.rows),
+            "reference": self.reference,
+            "sources": self.sources,
+            "dataset rows": len(self.rows),
+            "dataset contents": _contents(self.rows),
         }
 
     @property
