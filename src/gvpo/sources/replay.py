@@ -56,8 +56,8 @@ class ReplayBuffer:
     def add(self, groups: Sequence[Group]) -> None:
         """Keep what of these groups can teach; then drop what is least worth keeping of what is too many.
 
-        Members that came from the buffer are kept as part of their new
-        group, and are not drawn from it again: they are in the group that they were drawn for.
+        Members that came from the buffer are kept as part of their new group, and are not drawn from it again: they are
+        in the group that they were drawn for.
         """
         kept = [group for one in groups if (group := teaching(one)) is not None]
         with _disk():
@@ -88,11 +88,8 @@ class ReplayBuffer:
     def ages(self) -> dict[str, float]:
         """What the metrics say of it: groups held, and their mean age in rollouts."""
         with _disk():
-            columns = self._columns()
-        held = len(columns["number"])
-        return {"replay/groups": float(held)} | (
-            {"replay/age": float(np.mean(self.rollout - columns["rollout"]))} if held else {}
-        )
+            held, age = self._db.execute("SELECT count(*), avg(? - rollout) FROM groups", (self.rollout,)).fetchone()
+        return {"replay/groups": float(held)} | ({"replay/age": age} if held else {})
 
     def save(self, folder: Path) -> None:
         """Copy the groups, and the rollout that their age counts to, into a file of this folder."""

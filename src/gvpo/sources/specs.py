@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -92,13 +92,7 @@ class FilesSpec(_Spec):
 
 Spec = PolicySpec | ReplaySpec | DemonstrationSpec | TeacherSpec | FilesSpec
 
-TYPES: dict[str, type[Spec]] = {
-    "policy": PolicySpec,
-    "replay": ReplaySpec,
-    "demonstration": DemonstrationSpec,
-    "teacher": TeacherSpec,
-    "files": FilesSpec,
-}
+TYPES: dict[str, type[Spec]] = {spec.model_fields["type"].default: spec for spec in get_args(Spec)}
 
 
 def read_sources(given: Any) -> list[Any]:
@@ -132,14 +126,22 @@ def _read(entry: Any, where: str) -> Any:
 
 
 def _explain(error: ValidationError, spec: type[BaseModel], where: str) -> str:
+    name, problem = first_problem(error, spec, f"it has {', '.join(spec.model_fields)}")
+    return f"{where}: {problem}" if name is None else f"{where}, field {name!r}: {problem}"
+
+
+def first_problem(error: ValidationError, model: type[BaseModel], otherwise: str) -> tuple[str | None, str]:
+    """The field of the first mistake, None for a combination of several, and what is wrong with it.
+
+    An unknown name gets the nearest of the model's fields as a hint, or `otherwise`.
+    """
     first = error.errors()[0]
     problem = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
-        return f"{where}: {problem}"
+        return None, problem
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, spec.model_fields, n=1, cutoff=0.5)
-        problem = f"unknown; did you mean {near[0]!r}?" if near else f"unknown; it has {', '.join(spec.model_fields)}"
-        return f"{where}, field {name!r}: {problem}"
+        near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
+        return name, f"unknown; {f'did you mean {near[0]!r}?' if near else otherwise}"
     given = "" if first["type"] == "missing" else f", got {first['input']!r:.100}"
-    return f"{where}, field {name!r}: {problem[:1].lower()}{problem[1:]}{given}"
+    return name, f"{problem[:1].lower()}{problem[1:]}{given}"

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from gvpo.errors import UserError
-from gvpo.sources.specs import Spec, read_sources
+from gvpo.sources.specs import PositiveInt, Spec, first_problem, read_sources
 
 Objectives = Literal[
     "gvpo",
@@ -39,7 +39,6 @@ Objectives = Literal[
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
 ]
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class ConfigError(UserError):
@@ -299,14 +298,6 @@ for _yaml in (_Loader, _Dumper):
 
 def _config_error(error: ValidationError, config: type[BaseModel]) -> ConfigError:
     """The first mistake, with the nearest valid name for an unknown one."""
-    first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else None
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(name), config.model_fields, n=1, cutoff=0.5)
-        return ConfigError(name, f"unknown; {f'did you mean {near[0]!r}?' if near else 'gvpo train --help lists them'}")
-    if isinstance(own := first.get("ctx", {}).get("error"), ConfigError):
+    if isinstance(own := error.errors()[0].get("ctx", {}).get("error"), ConfigError):
         return own
-    problem = first["msg"].removeprefix("Value error, ")
-    if name is None:
-        return ConfigError(None, problem)
-    return ConfigError(name, f"{problem[:1].lower()}{problem[1:]}, got {first['input']!r:.100}")
+    return ConfigError(*first_problem(error, config, "gvpo train --help lists them"))

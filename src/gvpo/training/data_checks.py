@@ -72,10 +72,7 @@ def check_prompts(
     if getattr(tokenizer, "chat_template", None):
         _check_template([*rows, *eval_rows], tokenizer)
     for row in rows:
-        _check_encodable(row, row.completions, tokenizer)
-        _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
-        if from_file:
-            _check_texts(row, tokenizer)
+        _check_row(row, tokenizer, config, context, from_file=from_file)
     for row, spec in [(row, spec) for spec in specs for row in rows if not row.offline]:
         _check_demonstration(row, spec, tokenizer, config, context)
     for row in eval_rows:  # answers are drawn anew, whatever the row brings, and not back-propagated
@@ -92,9 +89,14 @@ def check_group(row: Row, tokenizer: Any | None, model: Any, config: GVPOConfig,
     if not row.has_rewards and not rewarded:
         raise UserError(f"{row.where}: no rewards, and no reward function; give reward_funcs, or `gvpo score` the file")
     _check_ids(row, vocabulary)
+    _check_row(row, tokenizer, config, context, from_file=True)
+
+
+def _check_row(row: Row, tokenizer: Any | None, config: GVPOConfig, context: int | None, *, from_file: bool) -> None:
     _check_encodable(row, row.completions, tokenizer)
     _check_length(row, row.completions, tokenizer, config.max_completion_length, context, config.token_budget)
-    _check_texts(row, tokenizer)
+    if from_file:
+        _check_texts(row, tokenizer)
 
 
 def _check_texts(row: Row, tokenizer: Any | None) -> None:
