@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -28,7 +27,9 @@ from transformers import (
 
 from gvpo.errors import UserError
 from gvpo.sampling import Sample, SamplingParams, TorchSampler
-from gvpo.sampling.torch_sampler import plan_decoding
+from gvpo.sampling.plain_reader import PlainReader
+from gvpo.sampling.shared_prefix import Unsupported, _attend, can_share, fill_holes, make_reader, reading_copy
+from gvpo.sampling.torch_sampler import _next_parts, _Row
 
 END = 0
 RAGGED = [[5, 2, 3], [1], [4, 4, 6, 1, 2, 7], [3, 5]]
@@ -76,7 +77,8 @@ class Counting(nn.Module):
 
 
 def embedded_shapes(model: Any) -> list[tuple[int, ...]]:
-    """The (rows, tokens) of every forward to come, gathered at the embedding."""
+    """The (rows, tokens) of every forward to come, gathered at the embedding; the model has been probed before."""
+    can_share(model)
     shapes: list[tuple[int, ...]] = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
     return shapes
@@ -279,7 +281,7 @@ def test_a_prompt_is_read_once_and_finished_rows_leave(architecture: str):
     # A row is in the batch for its t-th token, t > 1, exactly if its completion is that long.
     rows = [sum(length > read for length in lengths) for read in range(1, max(lengths))]
     assert shapes == [(4, 6), *((n, 1) for n in rows)]
-    assert logits == [(4, 1, 8), *((n, 1, 8) for n in rows)], "only the last position's logits are computed"
+    assert logits == [(4, 8), *((n, 8) for n in rows)], "only the last position's logits are computed"
 
 
 # --- the model is left as it was ----------------------------------------------------------------------------------
@@ -307,6 +309,7 @@ def test_training_flags_come_back_and_dropout_is_off_meanwhile():
 def test_the_callers_autocast_is_respected_and_survives():
     model = tiny("llama", vocabulary=40).float()
     outputs: list[Tensor] = []
+    can_share(model)  # probes the model, once, in its own precision
     hook = model.lm_head.register_forward_hook(lambda _, __, output: outputs.append(output))
     with torch.autocast("cpu", torch.bfloat16):
         groups = TorchSampler(model, [END]).sample(RAGGED, 2, SamplingParams(4), seeds=range(4))
@@ -316,43 +319,121 @@ def test_the_callers_autocast_is_respected_and_survives():
     assert all(parameter.grad is not None for parameter in model.parameters()), "weights were cached without a graph"
 
 
-# --- batches ------------------------------------------------------------------------------------------------------
+# --- who decodes together -------------------------------------------------------------------------------------------
+
+
+def rows_of(lengths: Sequence[int], limits: Sequence[Sequence[int]]) -> list[list[Any]]:
+    return [[_Row(group, [1] * length, limit, 0) for limit in limits[group]] for group, length in enumerate(lengths)]
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 30), max_size=12),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12),
     k=st.integers(1, 9),
-    new=st.integers(1, 20),
-    budget=st.integers(1, 400),
-    ragged=st.booleans(),
+    own=st.integers(1, 20),
+    room=st.integers(1, 400),
+    shares=st.booleans(),
+    data=st.data(),
 )
-def test_batches_hold_every_member_once_within_the_budget(
-    lengths: list[int], k: int, new: int, budget: int, ragged: bool
+def test_every_member_decodes_once_within_the_room(
+    lengths: list[int], k: int, own: int, room: int, shares: bool, data: st.DataObject
 ):
-    batches = plan_decoding(lengths, k, new, max_batch_tokens=budget, ragged=ragged)
-    members = [(prompt, member) for batch in batches for prompt, span in batch for member in span]
-    assert sorted(members) == list(itertools.product(range(len(lengths)), range(k)))
-    for batch in batches:
-        longest = max(lengths[prompt] for prompt, _ in batch)
-        rows = sum(len(span) for _, span in batch)
-        assert rows == 1 or rows * (longest + new) <= budget
-        assert ragged or len({lengths[prompt] for prompt, _ in batch}) == 1
-        for prompt, span in batch:
-            assert len(span) == k or k * (lengths[prompt] + new) > budget, "a group that fits was split"
+    def positions(rows: Sequence[Any]) -> int:
+        longest = max(len(row.prompt) for row in rows)
+        if shares:  # the prompts of the parts, each padded to the longest, and every row's own tokens
+            return len({(row.group, row.part) for row in rows}) * longest + len(rows) * own
+        return len(rows) * (longest + own)
+
+    reader = make_reader(tiny("llama"), None) if shares else PlainReader(tiny("llama"))
+    waiting = rows_of(lengths, [[own] * k] * len(lengths))
+    live: list[Any] = []
+    seen: list[Any] = []
+    while live or waiting:
+        parts = _next_parts(reader, live, waiting, room)
+        assert parts or live, "nothing would ever go on"
+        assert shares or not (parts and live), "rows joined others that were on their way"
+        for part in parts:
+            alone = rows_of([len(part[0].prompt)], [[own] * k])[0]
+            assert len(part) == k or positions(alone) > room, "a group that fits was split"
+            seen += part
+        live += [row for part in parts for row in part]
+        assert len(live) == 1 or positions(live) <= room
+        leaving = data.draw(st.sets(st.sampled_from(range(len(live))), min_size=1))
+        live = [row for number, row in enumerate(live) if number not in leaving]
+    assert sorted(map(id, seen)) == sorted({id(row) for row in seen}) and len(seen) == k * len(lengths)
 
 
-def test_batches_are_filled():
-    # 3 members * (2 + 4 tokens) = 18 a group: two groups fit 40, the long prompt (3 * 12 = 36) fits alone.
-    batches = plan_decoding([2, 8, 2, 2], 3, 4, max_batch_tokens=40, ragged=True)
-    assert [[prompt for prompt, _ in batch] for batch in batches] == [[0, 2], [3], [1]]
+def test_rooms_are_filled():
+    # 3 members * 4 tokens + the prompt = 14 a group of prompts of 2: two fit 40, and a third no longer beside 8s.
+    waiting = rows_of([2, 8, 2, 2][::-1], [[4] * 3] * 4)
+    waiting.sort(key=lambda rows: len(rows[0].prompt), reverse=True)
+    parts = _next_parts(make_reader(tiny("llama"), None), [], waiting, 43)
+    assert [len(part[0].prompt) for part in parts] == [2, 2, 2] and len(waiting) == 1
+    waiting = rows_of([2, 2, 2], [[4] * 3] * 3)  # without sharing 3 * (2 + 4) = 18 a group
+    assert len(_next_parts(PlainReader(tiny("llama")), [], waiting, 40)) == 2
 
 
-def test_groups_of_different_sizes_can_share_a_batch():
-    sampler = TorchSampler(Counting(), [])
-    uniforms_NT = torch.zeros(4, 2, dtype=torch.float64)
-    rows = sampler._decode([[3], [1]], [1, 3], uniforms_NT, SamplingParams(2))
-    assert rows == [[4, 5], [2, 3], [2, 3], [2, 3]]
+def test_waiting_prompts_take_the_places_of_rows_that_end():
+    model = tiny("llama")
+    prompts = [[5, 2, 3], [1, 4, 4], [6, 1, 2], [7, 3, 5]]
+    together = ids(TorchSampler(model, [END, 1]).sample(prompts, 2, SamplingParams(9), seeds=range(4)))
+    shapes = embedded_shapes(model)
+    # A prompt of 3 with 2 rows of at most 9 takes 21 places: two groups go together.
+    sampler = TorchSampler(model, [END, 1], max_batch_tokens=45)
+    assert ids(sampler.sample(prompts, 2, SamplingParams(9), seeds=range(4))) == together
+    assert shapes[0] == (2, 3)
+    joined = [n for n in range(2, len(shapes) - 1) if shapes[n][1] == 3 and shapes[n + 1][0] > 2 * shapes[n][0]]
+    assert joined, "no prompt joined rows that were on their way"
+
+
+@pytest.mark.parametrize("kept", [[], [True], [False], [False, True], [True, False, True, True, False, True]])
+def test_holes_are_filled_from_the_end(kept: list[bool]):
+    order = fill_holes(kept)
+    assert sorted(order) == [place for place, stays in enumerate(kept) if stays]
+    assert all(order[place] == place for place in range(len(order)) if kept[place]), "a row moved that could stay"
+
+
+# --- low precision --------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_in_another_dtype_draws_and_goes():
+    model = tiny("llama", vocabulary=40).float()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    outputs: list[torch.dtype] = []
+    model.lm_head.register_forward_hook(lambda _, __, output: outputs.append(output.dtype))
+    drawn = ids(TorchSampler(model, [END], dtype=torch.bfloat16).sample(RAGGED, 3, SamplingParams(8), seeds=range(4)))
+    assert outputs[-1] == torch.bfloat16
+    exact = ids(TorchSampler(model, [END]).sample(RAGGED, 3, SamplingParams(8), seeds=range(4)))
+    same = [one == other for p, q in zip(drawn, exact, strict=True) for one, other in zip(p, q, strict=True)]
+    assert sum(same) > len(same) / 2, "rounded weights draw almost the same"
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_rotary_frequencies_keep_their_precision():
+    model = tiny("llama").float()
+    reader = reading_copy(model, torch.bfloat16)
+    assert {p.dtype for p in reader.parameters()} == {torch.bfloat16}
+    assert torch.equal(reader.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert reading_copy(model).lm_head.weight is model.lm_head.weight
+
+
+# --- which models share their prompts -------------------------------------------------------------------------------
+
+
+def test_models_that_share_their_prompts():
+    shares = {name: can_share(tiny(name)) for name in ("llama", "gpt2", "mistral", "gemma2", "falcon_h1")}
+    assert shares == {"llama": True, "gpt2": True, "mistral": False, "gemma2": False, "falcon_h1": False}
+    assert not can_share(Counting())
+
+
+@pytest.mark.parametrize("extra", [{}, {"softcap": 50.0}, {"s_aux": 0}, {"position_bias": 0}, {"sliding_window": 3}])
+def test_attention_that_is_not_computed_here_is_refused(extra: dict[str, Any]):
+    # Soft caps hardly show on a probe: that they are asked for decides.
+    reader = make_reader(tiny("llama"), None) if extra else None
+    states = torch.ones(1, 1, 1, 8)
+    with pytest.raises(Unsupported):
+        _attend(nn.Module(), states, states, states, None, shared_prefix=reader, **extra)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------

@@ -62,12 +62,17 @@ def find_head(model: Any) -> LogitTransform | None:
 
     The choice is made once per model, by comparing with the model's own logits on a few tokens.
     """
+    make = head_maker(model)
+    return None if make is None else make(model)
+
+
+def head_maker(model: Any) -> Callable[[Any], LogitTransform] | None:
+    """What makes `find_head`'s function from this model, or from a copy of it; None where no known one fits."""
     if model.base_model is model or model.get_output_embeddings() is None:
         return None
     if model not in _heads:
         _heads[model] = next((make for make in _candidates(model) if _fits(model, make(model))), None)
-    make = _heads[model]
-    return None if make is None else make(model)
+    return _heads[model]
 
 
 def _candidates(model: Any) -> Iterator[Callable[[Any], LogitTransform]]:

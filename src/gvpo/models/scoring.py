@@ -271,9 +271,14 @@ def _probe_states(scorer: Scorer, share: bool) -> Tensor:
 
 
 def _can_be_packed(scorer: Scorer) -> bool:
+    return scorer.attention in ("sdpa", "eager") and attends_to_all(causal_lm(scorer.model))
+
+
+def attends_to_all(causal: Any) -> bool:
+    """Whether every layer attends to all earlier tokens, at positions that it is told; read from the config."""
     # A 4-D mask replaces a window's own mask, and ALiBi counts columns: neither need show on a short probe.
-    config = scorer.config.get_text_config()
-    if scorer.attention not in ("sdpa", "eager") or not scorer.takes_positions or getattr(config, "alibi", False):
+    config = causal.config.get_text_config()
+    if "position_ids" not in inspect.signature(causal.base_model.forward).parameters or getattr(config, "alibi", False):
         return False
     if getattr(config, "layer_types", None):
         return set(config.layer_types) == {"full_attention"}

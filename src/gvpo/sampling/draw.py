@@ -15,6 +15,8 @@ from gvpo.sampling.sampler import SamplingParams
 _BLOCK = 256
 # A nucleus is looked for among this many tokens first: sorting a whole vocabulary costs as much as a small model.
 _TOP_P_CANDIDATES = 1024
+# On a CPU rows are drawn in chunks of this many logits: the passes over them then find them in its cache.
+_CHUNK_ELEMENTS = 2**20
 # The largest float64 below 1. x * this is below x for every normal x, so a target never reaches the total mass.
 _BELOW_ONE = 1 - 2**-53
 
@@ -38,6 +40,13 @@ def draw_tokens(logits_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -
     Returns int64 tokens_N, on the device of the uniforms. Raises UserError if a row holds NaN or +inf, or nothing
     but -inf.
     """
+    on_cpu = uniforms_N.device.type == "cpu"
+    rows = max(1, _CHUNK_ELEMENTS // logits_NV.shape[-1] if on_cpu else len(logits_NV))
+    chunks = zip(logits_NV.split(rows), uniforms_N.split(rows), strict=True)
+    return torch.cat([_draw_chunk(logits, uniforms, params) for logits, uniforms in chunks])
+
+
+def _draw_chunk(logits_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> Tensor:
     logits_NV = logits_NV.to(uniforms_N.device, torch.promote_types(logits_NV.dtype, torch.float32))
     # amax hands NaN on, so one pass finds every row that has no distribution.
     if not torch.isfinite(logits_NV.amax(-1)).all():
@@ -56,7 +65,9 @@ def filter_logits(logits_NV: Tensor, params: SamplingParams) -> Tensor:
     never depends on how a sort breaks ties; the most likely token always stays.
     """
     # Shifted before the division: a small temperature must not overflow the largest logit.
-    scaled_NV = (logits_NV - logits_NV.amax(-1, keepdim=True)).div_(params.temperature)
+    scaled_NV = logits_NV - logits_NV.amax(-1, keepdim=True)
+    if params.temperature != 1:
+        scaled_NV.div_(params.temperature)
     if 0 < params.top_k < scaled_NV.shape[-1]:
         scaled_NV.masked_fill_(scaled_NV < scaled_NV.topk(params.top_k).values[:, -1:], -torch.inf)
     if params.top_p < 1:
