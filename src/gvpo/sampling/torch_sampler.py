@@ -42,6 +42,9 @@ class TorchSampler:
         self.end_token_ids = frozenset(end_token_ids)
         self.max_batch_tokens = max_batch_tokens
 
+    def sync(self) -> None:
+        """Nothing to do: the model's own weights are read at every call."""
+
     @torch.no_grad()
     def sample(
         self,
