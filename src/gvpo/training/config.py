@@ -93,6 +93,23 @@ class GVPOConfig(BaseModel):
     top_k: int = Field(
         0, ge=0, description="Draw from the k likeliest tokens; 0 = all. Else the optimum is no longer unique."
     )
+    use_vllm: bool = Field(False, description="Draw with vLLM, on a GPU, instead of the model itself.")
+    vllm_mode: Literal["server", "colocate"] = Field(
+        "colocate", description="vLLM in the training processes, an engine each, or a server of its own."
+    )
+    vllm_server_base_url: str | None = Field(None, description="The server, such as http://localhost:8000.")
+    vllm_gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="Share of each GPU's memory for a colocated engine, its weights included."
+    )
+    vllm_enable_sleep_mode: bool = Field(
+        False, description="A colocated engine gives its memory back to the update between rollouts."
+    )
+    vllm_max_model_length: PositiveInt | None = Field(
+        None, description="Most tokens of a prompt with its completion in a colocated engine. Default: the model's."
+    )
+    vllm_tensor_parallel_size: PositiveInt = Field(
+        1, description="1 only: an engine over several GPUs is a server's, vllm serve --tensor-parallel-size."
+    )
     groups_per_update: PositiveInt = Field(8, description="Whole groups in one update, over all processes.")
     updates_per_rollout: PositiveInt = Field(
         2,
@@ -193,7 +210,27 @@ class GVPOConfig(BaseModel):
                 f"lr_scheduler_type='polynomial' ends at 1e-7, not below learning_rate={self.learning_rate}; "
                 "use 'linear', or raise learning_rate"
             )
+        self._check_vllm()
         return self
+
+    def _check_vllm(self) -> None:
+        if self.vllm_tensor_parallel_size > 1:
+            raise ConfigError(
+                "vllm_tensor_parallel_size",
+                f"must be 1, got {self.vllm_tensor_parallel_size}: a colocated engine has the GPU of its process; for "
+                "more, start vllm serve --tensor-parallel-size and set vllm_mode: server",
+            )
+        if not self.use_vllm:
+            return
+        if self.vllm_mode == "colocate":
+            if self.vllm_server_base_url is not None:
+                raise ConfigError("vllm_server_base_url", "is for vllm_mode='server'; vllm_mode is 'colocate'")
+            return
+        if self.vllm_server_base_url is None:
+            raise ConfigError("vllm_server_base_url", "must name the server, such as http://localhost:8000")
+        for name in ("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_max_model_length"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(name, "is for vllm_mode='colocate'; give it to the server when you start it")
 
     @property
     def groups_per_rollout(self) -> int:

@@ -16,14 +16,12 @@ from transformers import TrainerState
 from gvpo.errors import UserError
 from gvpo.evaluation.evaluator import answer_greedily, evaluation_metrics
 from gvpo.groups import Group, teaching
-from gvpo.models.encoding import end_token_ids
 from gvpo.models.loading import load_model
 from gvpo.models.modes import disable_dropout, enable_checkpointing
 from gvpo.models.score_checks import score_checks, tolerance
 from gvpo.models.scoring import Scorer, unwrapped
 from gvpo.report.model_card import model_card
 from gvpo.rewards.fill import fill_rewards
-from gvpo.sampling.torch_sampler import TorchSampler
 from gvpo.sources.dataset import PromptOrder, Row
 from gvpo.sources.fill import fill_groups, unrewarded
 from gvpo.sources.mixture import arrange
@@ -44,6 +42,7 @@ from gvpo.training.reporter import Reporter, Stopwatch
 from gvpo.training.run_folder import RunFolder, checkpoints, disk, new_folder, remove_folder
 from gvpo.training.run_sources import RunSources, drawn_tokens
 from gvpo.training.same_run import RunIdentity
+from gvpo.training.samplers import make_sampler
 from gvpo.training.update import find_objective, group_gradients
 
 
@@ -118,7 +117,7 @@ class GVPOTrainer:
         brought = any(one.old_token_logprobs for row in plan.rows for one in row.completions)
         self.own_rollout = fresh and not earlier and not brought
         self.order = PromptOrder(plan.rows, config.seed, shuffle=config.shuffle_dataset)
-        self.sampler = TorchSampler(self.model, end_token_ids(self.model, self.tokenizer))
+        self.sampler = make_sampler(config, self.model, self.tokenizer)
         self.sources = RunSources(plan, config, self.sampler, self.tokenizer, self.model)
         run = RunIdentity(config, plan.reference, plan.mixture.described(), plan.rows)
         state = (scorer, self.optimizer.optimizer, self.scheduler, self.reference, run, self.sources.stateful)
@@ -233,6 +232,7 @@ class GVPOTrainer:
         self.reference.before_rollout(progress.rollout)
         self.sources.begin(progress.rollout, progress.update)
         with self.stopwatch("rollout"), self._autocast():
+            self.sampler.sync()
             place = (progress.rollout, progress.update)
             whole = self.sources.whole(
                 *place, self.processes, report.note, lambda: self.sigterm.look_together(self.processes)
@@ -371,11 +371,11 @@ class GVPOTrainer:
     def _evaluate(self, report: Reporter | None) -> dict[str, float]:
         if not self.plan.eval_rows:
             return {}
-        config = self.config
+        mine, limit = self.processes.mine(self.plan.eval_rows), self.config.max_completion_length
         with self.sigterm.interruptible():
             with self.stopwatch("evaluation"), self._autocast():
-                mine = self.processes.mine(self.plan.eval_rows)
-                answers = answer_greedily(mine, self.sampler, self.tokenizer, config.max_completion_length)
+                self.sampler.sync()
+                answers = answer_greedily(mine, self.sampler, self.tokenizer, limit)
             logged = self._fill_rewards(answers)
         logged = {f"eval/{name}": value for name, value in self.processes.mean(logged, len(answers)).items()}
         answers = self.processes.interleave(answers)

@@ -23,6 +23,7 @@ from gvpo.training.checkpoint import check_file, find_checkpoint
 from gvpo.training.config import ConfigError, GVPOConfig
 from gvpo.training.data_checks import check_columns, check_demonstrations, check_rewards
 from gvpo.training.reference import PARAMETERS, is_checkpoint
+from gvpo.training.samplers import check_sampler
 
 RewardFuncs = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
 
@@ -59,6 +60,7 @@ def plan_run(
             if getattr(config, name):
                 raise ConfigError(name, "there is nothing to evaluate on; give eval_dataset")
     _check_trackers(config.trackers, config.output_dir)
+    check_sampler(config)
     mixture = Mixture(tuple(read_sources(sources)))
     mixture.check(config.num_generations, config.groups_per_update)
     functions = [] if reward_funcs is None else resolve_rewards(reward_funcs)
