@@ -198,7 +198,7 @@ def gigabytes(rows: list[Row]) -> str:
 def draw_growth(rows: list[Row], folder: Path) -> None:
     """Seconds of this trainer's steps, and its memory, against what each series varies."""
     with styled():
-        figure, axes = panels("Cost follows the tokens, and each prompt is paid once a group", 6, shape=(2, 3))
+        figure, axes = panels("Seconds of a step as its work grows", 6, shape=(2, 3))
         for axis, (series, label) in zip(axes, AXES.items(), strict=True):
             points = [(case, found) for case in GROWTH[series] if (found := of(rows, case.name, "gvpo"))]
             x = [case.value for case, _ in points]
@@ -216,9 +216,9 @@ def draw_growth(rows: list[Row], folder: Path) -> None:
             axis.set(xlabel=label)
         axes[0].set_ylabel("seconds a step")
         axes[3].set_ylabel("seconds a step")
-        axes[0].legend(fontsize=10)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=12)
         save(figure, folder, "step-growth")
-        figure, axes = panels("Memory is bounded by token_budget, whatever the batch", 3, sharey=True)
+        figure, axes = panels("Peak memory of a step as its work grows", 3, sharey=True)
         for axis, series in zip(axes, ("groups", "k", "budget"), strict=True):
             points = [(case, found) for case in GROWTH[series] if (found := of(rows, case.name, "gvpo"))]
             x = [case.value for case, _ in points]
