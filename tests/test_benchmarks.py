@@ -1,4 +1,4 @@
-"""The learning benchmark: its sums are exact, its runs are made once, and what is missing is marked open."""
+"""The benchmarks of learning and of the step: their sums are exact, their work is as prescribed, runs are made once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "learning"
+STEP = FOLDER.parent / "step"
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +68,101 @@ def test_methods_are_compared_on_as_many_completions_and_updates(modules: dict[s
         made = cells.cells_of(experiment, "rare")
         assert len({(cell.completions, cell.updates) for cell in made}) == 1
         assert all(cell.groups_per_update * cell.members == cell.completions for cell in made)
+
+
+@pytest.fixture(scope="module")
+def step() -> Iterator[dict[str, ModuleType]]:
+    """The modules of benchmarks/step, some of which are named as others' are."""
+    names = ("cases", "forced", "measure", "plain", "report", "run")
+    hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(STEP))
+    yield {name: import_module(name) for name in names}
+    sys.path.remove(str(STEP))
+    for name in names:
+        del sys.modules[name]
+    sys.modules.update(hidden)
+
+
+def test_operations_of_a_step_are_those_counted_by_hand(step: dict[str, ModuleType]) -> None:
+    # A layer: queries and output 4*4 each, keys and values 4*2 each, three of 4*8: 144 weights; two layers, head 4*10.
+    shape = step["measure"].Shape(4, 8, 2, 2, 1, 2, 10)
+    case = step["cases"].Case("", prompts=1, k=2, prompt_tokens=3, max_tokens=1)
+    # The prompt is read once; the one token of each completion is drawn, hence scored, and never read.
+    forward = 2 * (288 * 3 + 40 * 2)
+    assert step["measure"].operations(shape, case) == {"generation": forward, "training": 3 * forward}
+
+
+def test_the_main_case_is_the_one_that_is_named(step: dict[str, ModuleType]) -> None:
+    lengths = [length for group in step["cases"].MAIN.lengths for length in group]
+    assert (len(lengths), max(lengths), sum(lengths)) == (64, 32, 64 * 25)
+
+
+def test_generate_ends_where_it_is_told_to(step: dict[str, ModuleType]) -> None:
+    forced, plain = step["forced"], step["plain"]
+    case = step["cases"].Case("", prompts=2, k=3, prompt_tokens=4, max_tokens=9, model=step["cases"].Llama(192, 1, 50))
+    model, _ = forced.make_model(case)
+    _, prompts = forced.make_prompts(case, None)
+    forced.force_generate(model, case, prompts, [2, 5])
+    rows_NT = torch.tensor(prompts).repeat_interleave(case.k, 0)
+    sequences_NT = plain.sample(model, rows_NT, case.max_tokens, 0)
+    completions, _ = plain.cut(sequences_NT[:, case.prompt_tokens :], 2)
+    assert [len(ids) for ids in completions] == [length for group in case.lengths for length in group]
+    assert all(ids[-1] == 2 and not {2, 5} & set(ids[:-1]) for ids in completions)
+    with pytest.raises(AssertionError, match="not of"):
+        forced.check_lengths(case, completions[1:])
+    with pytest.raises(AssertionError, match="another order"):
+        plain.sample(model, rows_NT.flip(0), case.max_tokens, 0)
+
+
+def test_the_plain_loop_has_the_same_gradient(step: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gvpo import Completion, Group, accumulate_gradients, sequence_logprobs
+
+    forced, plain = step["forced"], step["plain"]
+    case = step["cases"].Case("", prompts=3, k=4, prompt_tokens=4, max_tokens=6, model=step["cases"].Llama(192, 1, 50))
+    (model, _), (other, _) = forced.make_model(case), forced.make_model(case)
+    _, prompts = forced.make_prompts(case, None)
+    forced.force_generate(model, case, prompts, [2])
+    sequences_NT = plain.sample(model, torch.tensor(prompts).repeat_interleave(4, 0), case.max_tokens, 0)
+    completions, mask_NT = plain.cut(sequences_NT[:, 4:], 2)
+    rewards = forced.reward(completions)
+    assert all(len(set(rewards[start : start + 4])) > 1 for start in (0, 4, 8))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
+    plain.update(model, optimizer, sequences_NT, mask_NT, plain.group_weights(torch.tensor(rewards), 4), "float32")
+    members = [Completion(token_ids=ids, reward=reward) for ids, reward in zip(completions, rewards, strict=True)]
+    groups = [Group(None, members[4 * n : 4 * n + 4], prompt_ids=prompt) for n, prompt in enumerate(prompts)]
+    with torch.no_grad():
+        for member, logp in zip(members, sequence_logprobs(other, groups).tolist(), strict=True):
+            member.ref_logprob = logp
+    accumulate_gradients(other, groups, beta=plain.BETA)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(mine.grad, theirs.grad, rtol=1e-4, atol=1e-7)  # pyright: ignore[reportArgumentType]
+
+
+def test_trl_is_measured_at_its_fastest_setting_of_each_precision(step: dict[str, ModuleType]) -> None:
+    cases, run = step["cases"], step["run"]
+    seconds = {"float32, 8": 5.0, "float32, 16": 4.0, "autocast, 8": 3.0, "bf16 weights, 8": 2.0}
+    rows = [
+        cases.Job("main", "trl", name, 1, 2, stage="try").key() | {"steps": [{"whole": value}] * 2}
+        for name, value in seconds.items()
+    ]
+    assert run.best_settings(cases.MAIN, rows) == {"float32": "float32, 16", "bf16": "bf16 weights, 8"}
+    assert run.best_settings(cases.LONG, rows) == {}
+
+
+def test_a_step_is_measured_once(step: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, run = step["cases"], step["run"]
+    made = []
+
+    def measured(job: object) -> dict[str, object]:
+        made.append(job)
+        return job.key() | {"steps": [{"whole": 1.0}]}  # pyright: ignore[reportAttributeAccessIssue]
+
+    monkeypatch.setattr(run, "in_a_process", measured)
+    jobs = [cases.Job("main", "gvpo", "bf16", 1, 5, repeat) for repeat in (0, 1)]
+    for job in [*jobs, *jobs]:
+        run.make(job, tmp_path)
+    assert made == jobs
+    assert [row["repeat"] for row in run.read_results(tmp_path)] == [0, 1]
