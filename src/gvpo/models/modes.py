@@ -30,6 +30,15 @@ def probing(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are the processor's own, and so faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private, and on CPUs the only ones to ask.
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
 def enable_checkpointing(model: Any) -> None:
     """Have the model recompute its activations in the backward pass."""
     # The name of today, and the one of before.

@@ -93,6 +93,11 @@ class GVPOConfig(BaseModel):
     top_k: int = Field(
         0, ge=0, description="Draw from the k likeliest tokens; 0 = all. Else the optimum is no longer unique."
     )
+    rollout_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Precision of the weights that completions are drawn with, a copy where it is not theirs; no "
+        "log-prob is taken from it. auto: bfloat16 where the processor computes in it.",
+    )
     use_vllm: bool = Field(False, description="Draw with vLLM, on a GPU, instead of the model itself.")
     vllm_mode: Literal["server", "colocate"] = Field(
         "colocate", description="vLLM in the training processes, an engine each, or a server of its own."
@@ -228,7 +233,7 @@ class GVPOConfig(BaseModel):
             return
         if self.vllm_server_base_url is None:
             raise ConfigError("vllm_server_base_url", "must name the server, such as http://localhost:8000")
-        for name in ("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_max_model_length"):
+        for name in ("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_max_model_length", "rollout_dtype"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(name, "is for vllm_mode='colocate'; give it to the server when you start it")
 

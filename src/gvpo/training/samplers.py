@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gvpo.models.encoding import end_token_ids
+from gvpo.models.modes import computes_bfloat16
 from gvpo.sampling.sampler import PolicySampler
 from gvpo.sampling.torch_sampler import TorchSampler
 from gvpo.sampling.vllm_sampler import Colocated, Engine, Server, VLLMSampler, check_vllm
@@ -23,12 +27,19 @@ def make_sampler(config: GVPOConfig, model: Any, tokenizer: Any | None) -> Polic
     """The sampler of a run, on the model's device. Raises UserError where vLLM cannot be had."""
     ends = end_token_ids(model, tokenizer)
     if not config.use_vllm:
-        return TorchSampler(model, ends)
+        return TorchSampler(model, ends, dtype=rollout_dtype(config, next(model.parameters())))
     state = RandomState.now()
     sampler = VLLMSampler(_engine(config, model), ends)
     # An engine that starts in this process seeds everybody's generators.
     state.restore()
     return sampler
+
+
+def rollout_dtype(config: GVPOConfig, weight: Tensor) -> torch.dtype | None:
+    """What to draw in, for weights like this one; None = as they are, under the run's autocast."""
+    if config.rollout_dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.rollout_dtype]
+    return torch.bfloat16 if weight.dtype == torch.float32 and computes_bfloat16(weight.device) else None
 
 
 def _engine(config: GVPOConfig, model: Any) -> Engine:
@@ -41,4 +52,5 @@ def _engine(config: GVPOConfig, model: Any) -> Engine:
         memory=config.vllm_gpu_memory_utilization,
         sleeps=config.vllm_enable_sleep_mode,
         max_length=config.vllm_max_model_length,
+        dtype=None if config.rollout_dtype == "auto" else config.rollout_dtype,
     )

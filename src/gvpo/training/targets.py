@@ -64,6 +64,11 @@ class Targets:
         ids_N = torch.tensor(ids, dtype=torch.long, device=device)
         return cls(numbers("reward"), refs_N, ids_N, kept_N, tokens)
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether every log-ratio is zero by construction, so that no gradient depends on a log-prob."""
+        return self.ref_logps_N is None and (self.tokens is None or self.tokens.old_NT is None)
+
     def teaching_groups(self) -> int:
         """Groups with two rewarded members or more."""
         return int((self.group_ids_N[self.kept_N].bincount() >= 2).sum())

@@ -3,6 +3,9 @@
 Where all groups of a batch fit one forward, the loss is taken there, with its graph. Where a group does not fit, pass 1
 scores its members without a graph, the objective's gradient with respect to those log-probs is taken once, and pass 2
 back-propagates it through each part. A mean over part of a group is never formed.
+
+Where log-ratios are zero by construction, the gradient with respect to the log-probs is known before any of them:
+nothing is scored twice, and groups for which it is zero are not scored at all.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ from gvpo.models.scoring import (
 from gvpo.objective import OBJECTIVES, Objective
 from gvpo.training.processes import OneProcess, current_processes
 from gvpo.training.targets import Targets
+
+LossOf = Callable[[Tensor, Tensor], Tensor]
+"""Log-probs of whole groups, (N,) or (N, T), and their places among all members, to a scalar."""
 
 
 def accumulate_gradients(
@@ -124,7 +130,6 @@ def group_gradients(
     own_rollout: so is the policy that drew the groups; no old_token_logprobs are needed or used.
     """
     encoded = encode_groups(groups, tokenizer)
-    plan = plan_scoring(scorer, encoded, token_budget, share_prefix)
     device = next(scorer.parameters()).device
     mask_NT = scored_mask(encoded).to(device) if objective.per_token else None
     targets = Targets.of(groups, device, mask_NT, own_reference=own_reference, own_rollout=own_rollout)
@@ -136,7 +141,12 @@ def group_gradients(
         return targets.loss(function, logps, places)
 
     width = None if mask_NT is None else mask_NT.shape[1]
-    logps, total = _backpropagate(scorer, encoded, plan, loss, processes or OneProcess(), width)
+
+    def plan_of(chosen: Sequence[EncodedGroup]) -> list[Batch]:
+        return plan_scoring(scorer, chosen, token_budget, share_prefix)
+
+    back = _backpropagate_known if targets.on_policy else _backpropagate
+    logps, total = back(scorer, encoded, plan_of, loss, processes or OneProcess(), width)
     return Gradients(total, logps if width is None else logps.sum(1), targets)
 
 
@@ -150,52 +160,103 @@ def find_objective(name: str) -> Objective:
 def _backpropagate(
     scorer: nn.Module,
     encoded: Sequence[EncodedGroup],
-    plan: Sequence[Batch],
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    plan_of: Callable[[Sequence[EncodedGroup]], list[Batch]],
+    loss_of: LossOf,
     processes: OneProcess,
     width: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Back-propagate the batches of a plan. Returns (logps_N without a graph, the loss).
+    """Back-propagate groups. Returns (logps_N without a graph, the loss).
 
-    loss_of: from log-probs of whole groups, and their places among the N members, to a scalar.
+    plan_of: groups to batches. loss_of: see LossOf.
     width: for objectives on tokens; log-probs are then (N, T) throughout.
-    Every process runs as many forward and backward passes as the one with the most, so that collectives meet; a
-    process that has run out runs an idle one. Gradients are exchanged once, in the last backward.
     """
-    count = sum(len(group.completion_ids) for group in encoded)
-    device = next(scorer.parameters()).device
-    places = [member_order(encoded, [batch]).to(device) for batch in plan]
-    logps_N = blank_scores(scorer, count, width)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-
+    plan = plan_of(encoded)
     # Pass 1: groups that are spread over several batches.
-    parts = [number for number, batch in enumerate(plan) if not batch.whole]
+    parts = [batch for batch in plan if not batch.whole]
     with torch.no_grad():
-        for turn in range(processes.most(len(parts))):
-            logps = score_batch(scorer, encoded, plan[parts[turn]] if turn < len(parts) else None, width=width)
-            if turn < len(parts):
-                logps_N[places[parts[turn]]] = logps
-    gradient_N = torch.zeros_like(logps_N)
+        pieces = [
+            score_batch(scorer, encoded, parts[turn] if turn < len(parts) else None, width=width)
+            for turn in range(processes.most(len(parts)))
+        ]
+    gradient_N = blank_scores(scorer, sum(len(group.completion_ids) for group in encoded), width)
+    losses: list[Tensor] = []
     if parts:
-        split = torch.cat([places[number] for number in parts])
-        leaf = logps_N[split].requires_grad_()
-        split_loss = loss_of(leaf, split)
-        (gradient_N[split],) = torch.autograd.grad(split_loss, leaf)
-        loss += split_loss.detach()
+        split = member_order(encoded, parts).to(gradient_N.device)
+        leaf = torch.cat(pieces[: len(parts)]).requires_grad_()
+        losses.append(loss_of(leaf, split))
+        (gradient_N[split],) = torch.autograd.grad(losses[0], leaf)
 
     # Pass 2: every batch, with its graph.
-    turns = processes.most(len(plan))
+    def loss_of_batch(batch: Batch, places: Tensor, logps: Tensor) -> Tensor:
+        if not batch.whole:
+            return (gradient_N[places] * logps).sum()
+        losses.append(loss_of(logps, places))
+        return losses[-1]
+
+    logps_N = _backpropagate_batches(scorer, encoded, plan, loss_of_batch, processes.most(len(plan)), processes, width)
+    loss = torch.zeros((), dtype=torch.float64, device=logps_N.device)
+    return logps_N, sum((one.detach() for one in losses), loss)
+
+
+def _backpropagate_known(
+    scorer: nn.Module,
+    encoded: Sequence[EncodedGroup],
+    plan_of: Callable[[Sequence[EncodedGroup]], list[Batch]],
+    loss_of: LossOf,
+    processes: OneProcess,
+    width: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Back-propagate groups whose log-ratios are zero whatever their log-probs. Returns as `_backpropagate` does.
+
+    Groups without a gradient, as where all rewards are equal, are not scored: their log-probs are returned as 0.
+    """
+    sizes = [len(group.completion_ids) for group in encoded]
+    leaf = blank_scores(scorer, sum(sizes), width).requires_grad_()
+    everyone = torch.arange(len(leaf), device=leaf.device)
+    gradient_N = torch.autograd.grad(loss_of(leaf, everyone), leaf)[0] if sizes else leaf
+    taught = [bool(part.any()) for part in gradient_N.split(sizes)] if sizes else []
+    places = [part for part, has in zip(everyone.split(sizes), taught, strict=True) if has] if sizes else []
+    chosen = [group for group, has in zip(encoded, taught, strict=True) if has]
+    weights = gradient_N[torch.cat(places)] if places else gradient_N[:0]
+
+    def loss_of_batch(batch: Batch, places: Tensor, logps: Tensor) -> Tensor:
+        return (weights[places] * logps).sum()
+
+    plan = plan_of(chosen)
+    # Where there are groups, there is a gradient, be it zero: moments decay then, and without one they would not.
+    turns = max(processes.most(len(plan)), min(processes.total(len(encoded)), 1))
+    scores = _backpropagate_batches(scorer, chosen, plan, loss_of_batch, turns, processes, width)
+    logps_N = leaf.detach()
+    if places:
+        logps_N[torch.cat(places)] = scores
+    loss = loss_of(logps_N, everyone) if sizes else torch.zeros((), dtype=torch.float64, device=leaf.device)
+    return logps_N, loss
+
+
+def _backpropagate_batches(
+    scorer: nn.Module,
+    encoded: Sequence[EncodedGroup],
+    plan: Sequence[Batch],
+    loss_of_batch: Callable[[Batch, Tensor, Tensor], Tensor],
+    turns: int,
+    processes: OneProcess,
+    width: int | None,
+) -> Tensor:
+    """Score and back-propagate batch by batch. Returns the logps_N, without a graph.
+
+    loss_of_batch: from a batch, its members' places and log-probs to a scalar.
+    turns: as many passes as the process with the most batches makes, so that collectives meet; one that has run out
+    runs idle ones. Gradients are exchanged once, in the last backward.
+    """
+    logps_N = blank_scores(scorer, sum(len(group.completion_ids) for group in encoded), width)
     for turn in range(turns):
         batch = plan[turn] if turn < len(plan) else None
         with nullcontext() if turn == turns - 1 else processes.no_sync(scorer):
             logps = score_batch(scorer, encoded, batch, width=width)
             if batch is None:
                 (0.0 * logps.sum()).backward()
-            elif batch.whole:
-                logps_N[places[turn]] = logps.detach()
-                batch_loss = loss_of(logps, places[turn])
-                batch_loss.backward()
-                loss += batch_loss.detach()
-            else:
-                (gradient_N[places[turn]] * logps).sum().backward()
-    return logps_N, loss
+                continue
+            places = member_order(encoded, [batch]).to(logps.device)
+            logps_N[places] = logps.detach()
+            loss_of_batch(batch, places, logps).backward()
+    return logps_N
