@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -29,4 +32,20 @@ def start_accelerate(config: GVPOConfig) -> Accelerator:
             f"accelerate was configured for {kind.value}, whose sharded weights are not supported; launch with "
             "torchrun, or with accelerate's plain data-parallel mode"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what tensors free for the next ones, instead of handing it back to the system.
+
+    Every batch would otherwise have its activations' pages mapped and cleared anew: a tenth to a third of an update's
+    time. The process's peak stays what it is. glibc alone; elsewhere nothing happens.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mmap_threshold, trim_threshold, most = -3, -1, 2**31 - 1  # malloc.h
+    libc = ctypes.CDLL(None)
+    for name in (mmap_threshold, trim_threshold):
+        assert libc.mallopt(name, most) == 1
