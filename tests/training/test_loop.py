@@ -39,13 +39,16 @@ from gvpo.training.loop import GVPOTrainer
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[tuple[int, ...], int]]]:
     """For every update: prompt ids and number of members of each group that is back-propagated."""
     seen: list[list[tuple[tuple[int, ...], int]]] = []
-    real = update_module._backpropagate
 
-    def spy(scorer: Any, encoded: Any, *args: Any) -> Any:
-        seen.append([(tuple(group.prompt_ids), len(group.completion_ids)) for group in encoded])
-        return real(scorer, encoded, *args)
+    def watched(real: Any) -> Any:
+        def spy(scorer: Any, encoded: Any, *args: Any) -> Any:
+            seen.append([(tuple(group.prompt_ids), len(group.completion_ids)) for group in encoded])
+            return real(scorer, encoded, *args)
 
-    monkeypatch.setattr(update_module, "_backpropagate", spy)
+        return spy
+
+    for name in ("_backpropagate", "_backpropagate_known"):
+        monkeypatch.setattr(update_module, name, watched(getattr(update_module, name)))
     return seen
 
 
