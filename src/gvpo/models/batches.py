@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gvpo.errors import UserError
 from gvpo.models.encoding import EncodedGroup
-from gvpo.models.group_attention import GroupLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +113,7 @@ class Inputs:
     """A batch as tensors: B rows of L positions, M scored tokens of N members.
 
     input_ids_BL, position_ids_BL; mask_BL: the 4-D mask (B, 1, L, L), True = seen, only where rows hold several
-    completions; layout: the same, for attention that needs no mask; sources_M: flat position (row * L + column) of the
-    hidden state that predicts the token;
+    completions; sources_M: flat position (row * L + column) of the hidden state that predicts the token;
     targets_M: the token; members_M: which of the batch's N members it belongs to; places_M: its place among that
     completion's tokens.
     """
@@ -123,7 +121,6 @@ class Inputs:
     input_ids_BL: Tensor
     position_ids_BL: Tensor
     mask_BL: Tensor | None
-    layout: GroupLayout | None
     sources_M: Tensor
     targets_M: Tensor
     members_M: Tensor
@@ -151,19 +148,11 @@ def build_inputs(groups: Sequence[EncodedGroup], batch: Batch, device: torch.dev
     def tensor(values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    mask_BL = layout = None
-    if any(len(row.members) > 1 for row in batch.rows):
-        mask_BL = _prefix_mask([row.segments for row in packed], width).to(device)
-        layout = _layout(groups, batch, width, device)
-    scored_M = map(tensor, (sources, targets, members, places))
-    return Inputs(tensor(ids), tensor(positions), mask_BL, layout, *scored_M)
-
-
-def _layout(groups: Sequence[EncodedGroup], batch: Batch, width: int, device: torch.device) -> GroupLayout | None:
-    """Where prompts and completions are; None where no completion has a token to read."""
-    prompts = [len(groups[row.group].prompt_ids) for row in batch.rows]
-    read = [[max(len(groups[row.group].completion_ids[m]) - 1, 0) for m in row.members] for row in batch.rows]
-    return GroupLayout.of(prompts, read, width, device) if max(map(max, read)) else None
+    shared = any(len(row.members) > 1 for row in batch.rows)
+    mask_BL = _prefix_mask([row.segments for row in packed], width).to(device) if shared else None
+    return Inputs(
+        tensor(ids), tensor(positions), mask_BL, tensor(sources), tensor(targets), tensor(members), tensor(places)
+    )
 
 
 @dataclass(frozen=True, slots=True)

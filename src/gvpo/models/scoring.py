@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,9 +20,8 @@ from gvpo.errors import UserError
 from gvpo.groups import Group
 from gvpo.models.batches import Batch, Inputs, build_inputs, plan_batches
 from gvpo.models.encoding import EncodedGroup, encode_groups
-from gvpo.models.group_attention import attending_by_groups
 from gvpo.models.head import find_head, gather_logprobs, token_logprobs
-from gvpo.models.modes import probing, recomputes
+from gvpo.models.modes import probing
 
 _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Of two computations of one state, relative to the largest; 0.05 in half precision."""
@@ -57,7 +55,6 @@ class Scorer(nn.Module):
         self.vocabulary = len(causal.get_input_embeddings().weight)
         self.context = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
         self.attention = causal.config._attn_implementation
-        self.attends_by_groups = self.attention == "sdpa" and getattr(causal, "_supports_attention_backend", False)
         self.takes_positions = "position_ids" in inspect.signature(causal.base_model.forward).parameters
         self.shares_prefix = _may_share(self)
 
@@ -73,18 +70,12 @@ class Scorer(nn.Module):
         arguments: dict[str, Any] = {"input_ids": inputs.input_ids_BL, "use_cache": False}
         if self.takes_positions:
             arguments["position_ids"] = inputs.position_ids_BL
-        by_groups: AbstractContextManager[None] = nullcontext()
         if inputs.mask_BL is not None:
             arguments["attention_mask"] = self._attention_mask(inputs.mask_BL)
-            # What a checkpointed layer computes again, it computes after this block.
-            if inputs.layout is not None and self.attends_by_groups and not recomputes(causal):
-                arguments["group_layout"] = inputs.layout
-                by_groups = attending_by_groups(causal.base_model.config)
-        with by_groups:
-            if self.head is None:
-                states_BLX = causal(**arguments).logits
-            else:
-                states_BLX = causal.base_model(**arguments).last_hidden_state
+        if self.head is None:
+            states_BLX = causal(**arguments).logits
+        else:
+            states_BLX = causal.base_model(**arguments).last_hidden_state
         return states_BLX.flatten(0, 1)[inputs.sources_M]
 
     def _attention_mask(self, seen: Tensor) -> Tensor:

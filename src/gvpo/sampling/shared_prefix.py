@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from gvpo.models.group_attention import FOREIGN
 from gvpo.models.head import head_maker
 from gvpo.models.modes import probing
 from gvpo.models.scoring import attends_to_all, causal_lm
 
 ATTENTION = "gvpo_shared_prefix"
+
+_FOREIGN = ("softcap", "s_aux", "position_bias", "sliding_window")
+"""What some models hand to their attention, and this one does not compute."""
 
 _TOLERANCE = 1e-4
 _BLOCK = 64
@@ -259,7 +261,7 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in place of its own attention."""
-    if shared_prefix is None or attention_mask is not None or any(others.get(name) is not None for name in FOREIGN):
+    if shared_prefix is None or attention_mask is not None or any(others.get(name) is not None for name in _FOREIGN):
         raise Unsupported
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return shared_prefix.attend(module.layer_idx, query, key, value, scale).transpose(1, 2).contiguous(), None
