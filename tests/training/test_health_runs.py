@@ -32,6 +32,8 @@ def config(beta: float = 0.3, faster: float = 1, **options: Any) -> GVPOConfig:
         "updates_per_rollout": 4,
         "max_completion_length": LONGEST,
         "disable_tqdm": True,
+        # What these runs warn of hangs on every draw.
+        "rollout_dtype": "float32",
     }
     return GVPOConfig(**common | options)
 
