@@ -30,19 +30,21 @@ class Objective(NamedTuple):
         (logps_NT, old_logps_NT, ref_logps_NT, mask_NT, rewards_N, group_ids_N, *, beta, denominator) -> scalar.
     per_token: it is on tokens, and needs the log-probs of the policy that sampled.
     takes_zero_beta: beta = 0 leaves something to learn: the KL term is an extra.
+    of_ratios: it depends on log-probs through log-ratios alone, so that where these are zero its gradient is known.
     settings: further keyword arguments, by the names of the config's fields.
     """
 
     loss: Callable[..., Tensor]
     per_token: bool = False
     takes_zero_beta: bool = False
+    of_ratios: bool = True
     settings: tuple[str, ...] = ()
 
 
 OBJECTIVES = {
     "gvpo": Objective(gvpo_loss),
-    "gvpo_no_cov": Objective(gvpo_no_cov_loss),
-    "gvpo_no_var": Objective(gvpo_no_var_loss),
+    "gvpo_no_cov": Objective(gvpo_no_cov_loss, of_ratios=False),
+    "gvpo_no_var": Objective(gvpo_no_var_loss, of_ratios=False),
     "gvpo_no_cov_var": Objective(gvpo_no_cov_var_loss),
     "reinforce": Objective(reinforce_loss, takes_zero_beta=True),
     "rloo": Objective(rloo_loss, per_token=True, takes_zero_beta=True, settings=("epsilon",)),

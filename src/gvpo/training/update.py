@@ -145,7 +145,7 @@ def group_gradients(
     def plan_of(chosen: Sequence[EncodedGroup]) -> list[Batch]:
         return plan_scoring(scorer, chosen, token_budget, share_prefix)
 
-    back = _backpropagate_known if targets.on_policy else _backpropagate
+    back = _backpropagate_known if targets.on_policy and objective.of_ratios else _backpropagate
     logps, total = back(scorer, encoded, plan_of, loss, processes or OneProcess(), width)
     return Gradients(total, logps if width is None else logps.sum(1), targets)
 
