@@ -433,7 +433,7 @@ def test_attention_that_is_not_computed_here_is_refused(extra: dict[str, Any]):
     reader = make_reader(tiny("llama"), None) if extra else None
     states = torch.ones(1, 1, 1, 8)
     with pytest.raises(Unsupported):
-        _attend(nn.Module(), states, states, states, None, shared_prefix=reader, **extra)
+        _attend(SimpleNamespace(layer_idx=0), states, states, states, None, shared_prefix=reader, **extra)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ places of memory instead of k * (P + T), and reading it is a matrix product over
 with a vector.
 
 Covered: models of transformers whose attention goes through the attention interface, every layer over all past tokens.
-Not covered: windows, recurrent layers, soft caps, sinks and position biases within attention; `can_share` tells.
+Not covered: windows, recurrent layers, soft caps, sinks and position biases within attention; `can_share` tells. Nor
+what it cannot tell: rope_type "longrope" beyond the length first trained with, where frequencies change midway.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from gvpo.models.head import head_maker
 from gvpo.models.modes import probing
@@ -28,8 +31,9 @@ from gvpo.models.scoring import attends_to_all, causal_lm
 
 ATTENTION = "gvpo_shared_prefix"
 
-_FOREIGN = ("softcap", "s_aux", "position_bias", "sliding_window")
-"""What some models hand to their attention, and this one does not compute."""
+_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
+"""What models hand to their attention that changes nothing in it; whatever else they hand to it, such as soft caps,
+sinks, windows or chosen keys, is not computed here."""
 
 _TOLERANCE = 1e-4
 _BLOCK = 64
@@ -53,9 +57,19 @@ def reading_copy(model: Any, dtype: torch.dtype | None = None) -> Any:
             return parameter
         return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
 
-    reader = copy.deepcopy(model, {id(parameter): cast(parameter) for parameter in model.parameters()})
+    with _Detaching():
+        reader = copy.deepcopy(model, {id(parameter): cast(parameter) for parameter in model.parameters()})
     reader.config._attn_implementation = ATTENTION
     return reader.eval()
+
+
+class _Detaching(TorchFunctionMode):
+    """Deep copies of tensors that have a graph, such as what a hook has kept of the last forward, leave it behind."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(slots=True)
@@ -70,14 +84,15 @@ class SharedPrefixReader:
     """Rows that read token by token, each after a prompt that it shares with others.
 
     Rows and prompts are numbered without gaps, so that what is live is always the front of every buffer. model: what
-    `reading_copy` returned; head: hidden states (N, D) to logits (N, V).
+    `reading_copy` returned; head: hidden states (N, D) to logits (N, V). most_own: the most tokens of its own that a
+    row reads, for which memory is taken; None = not known.
     """
 
     joins_midway = True
 
-    def __init__(self, model: Any, head: Any) -> None:
+    def __init__(self, model: Any, head: Any, most_own: int | None = None) -> None:
         _register()
-        self.model, self.head = model, head
+        self.model, self.head, self.most_own = model, head, most_own
         self.device = next(model.parameters()).device
         self._layers: dict[int, _Layer] = {}
         self._prompts: list[int] = []  # length of each prompt
@@ -95,7 +110,11 @@ class SharedPrefixReader:
         width = max(lengths)
         # Padding comes last, where no real token sees it.
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
-        self._step = _Step(prompts_before=len(self._prompts))
+        self._step = _Step(
+            prompts_before=len(self._prompts),
+            prompt_width=max([width, *self._prompts]),
+            rows=len(self._owner) + sum(sizes),
+        )
         hidden_GPD = self._forward(ids, torch.arange(width, device=self.device).expand_as(ids))
         last_G = torch.tensor(lengths, device=self.device) - 1
         logits_GV = self.head(hidden_GPD[torch.arange(len(prompts), device=self.device), last_G])
@@ -140,13 +159,18 @@ class SharedPrefixReader:
         def tensor(values: Any) -> Tensor:
             return torch.tensor(values, device=self.device)
 
+        own_width = max(self._read) + 1
+        own_places = -(-own_width // _BLOCK) * _BLOCK
+        if self.most_own is not None:
+            own_places = max(own_width, min(own_places, self.most_own))
         return _Step(
             reads_prompts=False,
             rows_GM=tensor(slots),
             places_N=tensor([place[row] for row in range(len(self._owner))]),
             own_N=tensor(self._read),
-            own_width=max(self._read) + 1,
-            hidden_own=_hidden(tensor(self._read) + 1, max(self._read) + 1),
+            own_width=own_width,
+            own_places=own_places,
+            hidden_own=_hidden(tensor(self._read) + 1, own_width),
             hidden_prompt=_hidden(tensor(self._prompts), max(self._prompts)),
             prompt_width=max(self._prompts),
         )
@@ -155,7 +179,7 @@ class SharedPrefixReader:
         """Attention of one layer: queries (B, heads, L, D), new keys and values (B, kv heads, L, D)."""
         held, step = self._layers.setdefault(layer, _Layer()), self._step
         if step.reads_prompts:
-            _put_prompts(held, step.prompts_before, key, value)
+            _put_prompts(held, step, key, value)
             return scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
             )
@@ -184,10 +208,12 @@ class _Step:
 
     reads_prompts: bool = True
     prompts_before: int = 0
+    rows: int = 0
     rows_GM: Tensor = field(default_factory=lambda: torch.empty(0))
     places_N: Tensor = field(default_factory=lambda: torch.empty(0))
     own_N: Tensor = field(default_factory=lambda: torch.empty(0))
     own_width: int = 0
+    own_places: int = 0
     hidden_own: Tensor | None = None
     hidden_prompt: Tensor | None = None
     prompt_width: int = 0
@@ -206,18 +232,27 @@ def can_share(model: nn.Module) -> bool:
         return False
     causal = causal_lm(model)
     if model not in _known:
-        may = getattr(causal, "_supports_attention_backend", False) and attends_to_all(causal)
+        may = getattr(causal, "_supports_attention_backend", False) and attends_to_all(causal) and _hands_on(causal)
         _known[model] = bool(may) and head_maker(causal) is not None and _is_exact(causal)
     return _known[model]
 
 
-def make_reader(model: nn.Module, dtype: torch.dtype | None) -> SharedPrefixReader:
-    """A reader for a model that can share; dtype: of its own copy of the weights, None = the model's weights."""
+def make_reader(model: nn.Module, dtype: torch.dtype | None, most_own: int | None = None) -> SharedPrefixReader:
+    """A reader for a model that can share; dtype: of its own copy of the weights, None = the model's weights.
+
+    most_own: see SharedPrefixReader.
+    """
     causal = causal_lm(model)
     make = head_maker(causal)
     assert make is not None
     reader = reading_copy(causal, dtype)
-    return SharedPrefixReader(reader, make(reader))
+    return SharedPrefixReader(reader, make(reader), most_own)
+
+
+def _hands_on(causal: Any) -> bool:
+    """Whether the base model takes arguments that it does not know, to hand them to its attention."""
+    parameters = inspect.signature(causal.base_model.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _is_exact(causal: Any) -> bool:
@@ -257,11 +292,15 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     shared_prefix: SharedPrefixReader | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in place of its own attention."""
-    if shared_prefix is None or attention_mask is not None or any(others.get(name) is not None for name in _FOREIGN):
+    foreign = any(value is not None and name not in _HARMLESS for name, value in others.items())
+    # Without a number a layer's keys have no place of their own.
+    numbered = getattr(module, "layer_idx", None) is not None
+    if shared_prefix is None or attention_mask is not None or dropout > 0 or foreign or not numbered:
         raise Unsupported
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return shared_prefix.attend(module.layer_idx, query, key, value, scale).transpose(1, 2).contiguous(), None
@@ -285,35 +324,34 @@ def _hidden(lengths: Tensor, width: int) -> Tensor | None:
     return beyond[:, None, None] if bool(beyond.any()) else None
 
 
-def _put_prompts(held: _Layer, before: int, key: Tensor, value: Tensor) -> None:
-    rows, width = before + key.shape[0], key.shape[2]
-    held.prompts = [
-        _grown(one, rows, width, new) for one, new in zip(held.prompts or [None, None], (key, value), strict=True)
-    ]
+def _put_prompts(held: _Layer, step: _Step, key: Tensor, value: Tensor) -> None:
+    before, width = step.prompts_before, key.shape[2]
+    rows = before + len(key)
+    # Both are cut to what lives now: what many short prompts once took is not kept for a few long ones.
+    held.prompts = _sized(held.prompts, rows, step.prompt_width, key, value)
+    if held.own:
+        held.own = _sized(held.own, min(len(held.own[0]), step.rows), held.own[0].shape[2], key, value)
     for one, new in zip(held.prompts, (key, value), strict=True):
         one[before:rows, :, :width] = new
 
 
 def _put_own(held: _Layer, step: _Step, key: Tensor, value: Tensor) -> None:
     rows = torch.arange(len(key), device=key.device)
-    held.own = [
-        _grown(one, len(key), step.own_width, new)
-        for one, new in zip(held.own or [None, None], (key, value), strict=True)
-    ]
+    now = (len(held.own[0]), held.own[0].shape[2]) if held.own else (0, 0)
+    held.own = _sized(held.own, max(now[0], len(key)), max(now[1], step.own_places), key, value)
     for one, new in zip(held.own, (key, value), strict=True):
         one[rows, :, step.own_N] = new[:, :, 0]
 
 
-def _grown(buffer: Tensor | None, rows: int, width: int, like: Tensor) -> Tensor:
-    """A buffer with room for so many rows and places, and what it held in front; places grow by whole blocks."""
-    held = (0, 0) if buffer is None else (buffer.shape[0], buffer.shape[2])
-    if buffer is not None and held[0] >= rows and held[1] >= width:
-        return buffer
-    places = max(held[1], -(-width // _BLOCK) * _BLOCK)
-    grown = like.new_zeros(max(rows, held[0]), like.shape[1], places, like.shape[3])
-    if buffer is not None:
-        grown[: held[0], :, : held[1]] = buffer
-    return grown
+def _sized(buffers: list[Tensor], rows: int, places: int, *like: Tensor) -> list[Tensor]:
+    """Buffers of so many rows and places, with what they held at their front; like: new states to be put in them."""
+    if buffers and (len(buffers[0]), buffers[0].shape[2]) == (rows, places):
+        return buffers
+    sized = [one.new_zeros(rows, one.shape[1], places, one.shape[3]) for one in like]
+    for new, old in zip(sized, buffers, strict=False):
+        kept = old[:rows, :, :places]
+        new[: kept.shape[0], :, : kept.shape[2]] = kept
+    return sized
 
 
 def _move(buffers: list[Tensor], order: Sequence[int]) -> None:

@@ -85,7 +85,11 @@ class TorchSampler:
             for index, prompt in enumerate(prompts)
         ]
         with evaluating(self.model), self._precision():
-            reader = make_reader(self.model, self.dtype) if can_share(self.model) else PlainReader(self.model)
+            if can_share(self.model):
+                # A completion's last token is drawn, and not read.
+                reader = make_reader(self.model, self.dtype, max(map(max, limits)) - 1)
+            else:
+                reader = PlainReader(self.model)
             _decode(reader, groups, uniforms_PGT.flatten(0, 1), params, self.end_token_ids, self._room)
         return [[row.sample(self.end_token_ids) for row in rows] for rows in groups]
 
