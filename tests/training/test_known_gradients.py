@@ -46,7 +46,7 @@ def scored_reference(groups: list[Group]) -> list[Group]:
     return groups
 
 
-@pytest.mark.parametrize("objective", ["gvpo", "reinforce", "rebel", "dr_grpo"])
+@pytest.mark.parametrize("objective", ["gvpo", "reinforce", "rebel", "dr_grpo", "gvpo_no_cov", "gvpo_no_var"])
 @pytest.mark.parametrize("budget", [None, 16])
 def test_the_gradient_is_that_of_scoring_everything(objective: str, budget: int | None) -> None:
     groups = groups_with_equal_ones()

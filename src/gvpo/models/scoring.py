@@ -55,7 +55,7 @@ class Scorer(nn.Module):
         self.vocabulary = len(causal.get_input_embeddings().weight)
         self.context = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
         self.attention = causal.config._attn_implementation
-        self.takes_positions = "position_ids" in inspect.signature(causal.base_model.forward).parameters
+        self.takes_positions = takes_positions(causal)
         self.shares_prefix = _may_share(self)
 
     def forward(self, inputs: Inputs) -> Tensor:
@@ -274,11 +274,16 @@ def _can_be_packed(scorer: Scorer) -> bool:
     return scorer.attention in ("sdpa", "eager") and attends_to_all(causal_lm(scorer.model))
 
 
+def takes_positions(causal: Any) -> bool:
+    """Whether the base model can be told the positions of its tokens."""
+    return "position_ids" in inspect.signature(causal.base_model.forward).parameters
+
+
 def attends_to_all(causal: Any) -> bool:
     """Whether every layer attends to all earlier tokens, at positions that it is told; read from the config."""
     # A 4-D mask replaces a window's own mask, and ALiBi counts columns: neither need show on a short probe.
     config = causal.config.get_text_config()
-    if "position_ids" not in inspect.signature(causal.base_model.forward).parameters or getattr(config, "alibi", False):
+    if not takes_positions(causal) or getattr(config, "alibi", False):
         return False
     if getattr(config, "layer_types", None):
         return set(config.layer_types) == {"full_attention"}

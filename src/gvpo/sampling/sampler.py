@@ -48,6 +48,17 @@ class Sample:
     truncated: bool
 
 
+def check_request(prompts: Sequence[Sequence[int]], num_generations: int, seeds: Sequence[int]) -> None:
+    """Raise UserError for no completions, an empty prompt, or another number of seeds than prompts."""
+    if num_generations < 1:
+        raise UserError(f"num_generations is {num_generations}: give at least 1")
+    if len(seeds) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} has no tokens: give at least one (the BOS token, say)")
+
+
 class Sampler(Protocol):
     """Anything that draws completions, token ids in and token ids out."""
 

@@ -22,7 +22,7 @@ from gvpo.models.modes import evaluating
 from gvpo.models.scoring import causal_lm
 from gvpo.sampling.draw import draw_tokens, member_uniforms
 from gvpo.sampling.plain_reader import PlainReader
-from gvpo.sampling.sampler import Sample, SamplingParams
+from gvpo.sampling.sampler import Sample, SamplingParams, check_request
 from gvpo.sampling.shared_prefix import can_share, fill_holes, make_reader
 
 _DEFAULT_BATCH_TOKENS = 32768
@@ -84,8 +84,9 @@ class TorchSampler:
             [_Row(index, prompt, limit, index * num_generations + g) for g, limit in enumerate(limits[index])]
             for index, prompt in enumerate(prompts)
         ]
-        with evaluating(self.model), self._precision():
-            if can_share(self.model):
+        shares = can_share(self.model)
+        with evaluating(self.model), self._precision(shares):
+            if shares:
                 # A completion's last token is drawn, and not read.
                 reader = make_reader(self.model, self.dtype, max(map(max, limits)) - 1)
             else:
@@ -103,26 +104,21 @@ class TorchSampler:
         """The most tokens that each member of each prompt may take."""
         return [[params.max_new_tokens] * num_generations for _ in prompts]
 
-    def _precision(self) -> AbstractContextManager[object]:
+    def _precision(self, shares: bool) -> AbstractContextManager[object]:
         """The caller's autocast; with a dtype, none over a copy that has it, else autocast to it."""
         device = next(self.model.parameters()).device.type
         if self.dtype is None:
             return torch.autocast(device, enabled=torch.is_autocast_enabled(device))
-        if can_share(self.model):
+        if shares:
             return torch.autocast(device, enabled=False)
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
     def _check(
         self, prompts: Sequence[Sequence[int]], num_generations: int, params: SamplingParams, seeds: Sequence[int]
     ) -> None:
-        if num_generations < 1:
-            raise UserError(f"num_generations is {num_generations}: give at least 1")
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
+        check_request(prompts, num_generations, seeds)
         positions = _max_positions(self.model)
         for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"prompt {index} has no tokens: give at least one (the BOS token, say)")
             row = f"prompt {index} has {len(prompt)} tokens, with max_new_tokens={params.max_new_tokens} that makes"
             total = len(prompt) + params.max_new_tokens
             if positions is not None and 0 < positions < total:
@@ -187,7 +183,9 @@ def _decode(
             logits.append(reader.open([rows[0].prompt for rows in parts], [len(rows) for rows in parts]))
             live += [row for rows in parts for row in rows]
         drawn_from = torch.tensor([(row.uniforms, len(row.token_ids)) for row in live]).to(uniforms_NT.device)
-        tokens_N = draw_tokens(torch.cat(logits), uniforms_NT[*drawn_from.T], params).to(reader.device)
+        tokens_N = draw_tokens(
+            torch.cat(logits) if len(logits) > 1 else logits[0], uniforms_NT[*drawn_from.T], params
+        ).to(reader.device)
         for row, token in zip(live, tokens_N.tolist(), strict=True):
             row.token_ids.append(token)
         going_on = [row.token_ids[-1] not in ends and len(row.token_ids) < row.limit for row in live]

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from gvpo.errors import UserError
+from gvpo.models.modes import computes_bfloat16
 from gvpo.sampling.policy_weights import Named, policy_weights
-from gvpo.sampling.sampler import Sample, SamplingParams
+from gvpo.sampling.sampler import Sample, SamplingParams, check_request
 
 _GREEDY = 1e-5  # temperatures below are 0 to vLLM, which then refuses to draw several
 _SERVER_TIMEOUT = 240.0
@@ -105,13 +106,8 @@ class VLLMSampler:
     def _check(
         self, prompts: Sequence[Sequence[int]], num_generations: int, params: SamplingParams, seeds: Sequence[int]
     ) -> None:
-        if num_generations < 1:
-            raise UserError(f"num_generations is {num_generations}: give at least 1")
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
+        check_request(prompts, num_generations, seeds)
         for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"prompt {index} has no tokens: give at least one (the BOS token, say)")
             if (total := len(prompt) + params.max_new_tokens) > self.engine.max_length:
                 raise UserError(
                     f"prompt {index} has {len(prompt)} tokens, with max_new_tokens={params.max_new_tokens} that makes "
@@ -161,7 +157,7 @@ class Colocated:
             model=self._config.name,
             load_format="dummy",
             skip_tokenizer_init=True,
-            dtype=dtype or ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"),
+            dtype=dtype or ("bfloat16" if computes_bfloat16(torch.device("cuda")) else "float16"),
             max_model_len=max_length,
             gpu_memory_utilization=memory,
             enable_sleep_mode=sleeps,

@@ -66,7 +66,7 @@ class Targets:
 
     @property
     def on_policy(self) -> bool:
-        """Whether every log-ratio is zero by construction, so that no gradient depends on a log-prob."""
+        """Whether every log-ratio is zero by construction."""
         return self.ref_logps_N is None and (self.tokens is None or self.tokens.old_NT is None)
 
     def teaching_groups(self) -> int:
