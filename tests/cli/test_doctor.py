@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from gvpo.cli import doctor as doctor_module
 from gvpo.cli.doctor import how_to_install, installed, model_checks, probe_groups, tiny_llama
 from gvpo.cli.main import main
-from gvpo.models import batches, scoring
+from gvpo.models import packed_attention, scoring
 from gvpo.models.encoding import encode_groups
 from gvpo.models.score_checks import Check, own_logprobs
 
@@ -36,12 +37,12 @@ class TestModelChecks:
         assert by_name(model_checks(model, must_share=True))["the same score"] is False
 
     def test_a_mask_that_leaks_between_completions_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def leaking(segments: list[list[int]], width: int) -> torch.Tensor:
-            return torch.ones(len(segments), 1, width, width, dtype=torch.bool).tril()
+        def leaking(states: torch.Tensor, *others: Any) -> torch.Tensor:
+            return states.flip(2).cumsum(2).transpose(1, 2)
 
         model = tiny_llama()
-        scoring.as_scorer(model)  # Sharing is measured here, before the mask breaks.
-        monkeypatch.setattr(batches, "_prefix_mask", leaking)
+        assert scoring.Scorer(model).shares_prefix  # Measured here, before the attention breaks.
+        monkeypatch.setattr(packed_attention, "attend_by_members", leaking)
         assert by_name(model_checks(model, must_share=True)) == HEALTHY | {"prompts shared": False}
 
     def test_not_sharing_fails_only_where_it_must_work(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ class TestInputs:
         inputs = build_inputs(groups, batch, CPU)
         assert inputs.input_ids_BL.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
         assert inputs.position_ids_BL.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-        assert inputs.mask_BL is None
+        assert inputs.segments_BL is None
         # 2 is predicted at 1, 3 at 2, 4 at 3; 5 at place 1 of the second row of 4.
         assert inputs.sources_M.tolist() == [1, 2, 3, 5]
         assert inputs.targets_M.tolist() == [2, 3, 4, 5]
@@ -115,11 +115,8 @@ class TestInputs:
         assert inputs.sources_M.tolist() == [1, 2, 3, 1, 4, 5]
         assert inputs.targets_M.tolist() == [2, 3, 4, 5, 6, 11]
         assert inputs.members_M.tolist() == [0, 0, 0, 1, 1, 2]
-        assert inputs.mask_BL is not None
-        assert inputs.mask_BL.shape == (2, 1, 5, 5)
-        seen = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-        assert inputs.mask_BL[0, 0].int().tolist() == seen
-        assert inputs.mask_BL[1, 0].any(-1).all()  # padding sees something too: a row of nothing would give NaN
+        assert inputs.segments_BL is not None
+        assert inputs.segments_BL.tolist() == [[0, 0, 1, 1, 2], [0, -1, -1, -1, -1]]
 
     def test_padding_has_no_position_of_its_own_beyond_the_furthest(self) -> None:
         groups = [group(4, 3, 3, 3), group(1, 2, 2)]

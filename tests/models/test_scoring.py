@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, LONGEST, SHARING, VOCABULARY, plain_logprobs, ragged_groups, tiny
+from tiny_models import (
+    ARCHITECTURES,
+    LONGEST,
+    SHARING,
+    VOCABULARY,
+    WITHOUT_SDPA,
+    plain_logprobs,
+    ragged_groups,
+    tiny,
+)
 from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -17,7 +26,6 @@ from gvpo.models import scoring
 from gvpo.models.modes import disable_dropout, evaluating, probing
 from gvpo.models.scoring import Scorer, as_scorer, sequence_logprobs
 
-WITHOUT_SDPA = {"gemma2", "gemma2 without windows", "gpt_neo", "bloom", "mpt", "mamba"}
 BUDGETS = [None, LONGEST, LONGEST + 1, 2 * LONGEST, 40, 63, 1000]
 
 
@@ -147,7 +155,7 @@ class TestSharedPrompts:
     def test_a_shared_prompt_is_read_once(self) -> None:
         model, read = tiny(), []
         group = Group(None, [Completion(token_ids=[4, 5, 6]) for _ in range(4)], prompt_ids=[1] * 9)
-        Scorer(model)
+        assert Scorer(model).shares_prefix  # measured here
         model.get_input_embeddings().register_forward_hook(lambda _module, args, _output: read.append(args[0].numel()))
         sequence_logprobs(model, [group], share_prefix=True)
         sequence_logprobs(model, [group], share_prefix=False)

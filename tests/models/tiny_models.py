@@ -85,6 +85,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SHARING = list(ARCHITECTURES)[: list(ARCHITECTURES).index("mistral")]
 """Full attention and told positions: a group is one row."""
+WITHOUT_SDPA = {"gemma2", "gemma2 without windows", "gpt_neo", "bloom", "mpt", "mamba"}
 
 
 def tiny(architecture: str = "llama", seed: int = 0, attention: str = "eager", **overrides: Any) -> Any:

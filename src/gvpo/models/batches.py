@@ -38,6 +38,11 @@ class Batch:
         return len(self.rows) * _width(self.rows)
 
     @property
+    def packed(self) -> bool:
+        """Whether some row holds several completions."""
+        return any(len(row.members) > 1 for row in self.rows)
+
+    @property
     def members(self) -> list[tuple[int, int]]:
         """(group, member) of every completion scored here, in the order of the scores."""
         return [(row.group, member) for row in self.rows for member in row.members]
@@ -112,15 +117,15 @@ def _split(rows: list[PlannedRow], token_budget: int) -> list[list[PlannedRow]]:
 class Inputs:
     """A batch as tensors: B rows of L positions, M scored tokens of N members.
 
-    input_ids_BL, position_ids_BL; mask_BL: the 4-D mask (B, 1, L, L), True = seen, only where rows hold several
-    completions; sources_M: flat position (row * L + column) of the hidden state that predicts the token;
-    targets_M: the token; members_M: which of the batch's N members it belongs to; places_M: its place among that
-    completion's tokens.
+    input_ids_BL, position_ids_BL; segments_BL: 0 for a token of the row's prompt, m for one of its m-th completion, -1
+    for padding; None where no row holds several completions. sources_M: flat position (row * L + column) of the hidden
+    state that predicts the token; targets_M: the token; members_M: which of the batch's N members it belongs to;
+    places_M: its place among that completion's tokens.
     """
 
     input_ids_BL: Tensor
     position_ids_BL: Tensor
-    mask_BL: Tensor | None
+    segments_BL: Tensor | None
     sources_M: Tensor
     targets_M: Tensor
     members_M: Tensor
@@ -148,10 +153,15 @@ def build_inputs(groups: Sequence[EncodedGroup], batch: Batch, device: torch.dev
     def tensor(values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    shared = any(len(row.members) > 1 for row in batch.rows)
-    mask_BL = _prefix_mask([row.segments for row in packed], width).to(device) if shared else None
+    segments = [row.segments + [-1] * (width - len(row.segments)) for row in packed]
     return Inputs(
-        tensor(ids), tensor(positions), mask_BL, tensor(sources), tensor(targets), tensor(members), tensor(places)
+        tensor(ids),
+        tensor(positions),
+        tensor(segments) if batch.packed else None,
+        tensor(sources),
+        tensor(targets),
+        tensor(members),
+        tensor(places),
     )
 
 
@@ -183,13 +193,3 @@ def _pack(group: EncodedGroup, members: Sequence[int]) -> _PackedRow:
         row.positions.extend(range(prompt, prompt + len(completion) - 1))
         row.segments.extend([number + 1] * (len(completion) - 1))
     return row
-
-
-def _prefix_mask(segments: list[list[int]], width: int) -> Tensor:
-    """(B, 1, L, L), True where a query sees a key: an earlier one, of the prompt (segment 0) or the same completion."""
-    segment_BL = torch.full((len(segments), width), -1)
-    for number, row in enumerate(segments):
-        segment_BL[number, : len(row)] = torch.tensor(row)
-    query, key = segment_BL[:, :, None], segment_BL[:, None, :]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    return (((query == key) | (key == 0)) & causal)[:, None]

@@ -46,6 +46,11 @@ def enable_checkpointing(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
+def recomputes(model: nn.Module) -> bool:
+    """Whether some of the model's layers recompute their activations in the backward pass."""
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout rate in the model to 0: dropout modules, and the rates that attention layers keep themselves.
 

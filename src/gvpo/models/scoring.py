@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from gvpo.groups import Group
 from gvpo.models.batches import Batch, Inputs, build_inputs, plan_batches
 from gvpo.models.encoding import EncodedGroup, encode_groups
 from gvpo.models.head import find_head, gather_logprobs, token_logprobs
-from gvpo.models.modes import probing
+from gvpo.models.modes import probing, recomputes
+from gvpo.models.packed_attention import Way, attending, attention_arguments, fastest_way, is_attending
 
 _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Of two computations of one state, relative to the largest; 0.05 in half precision."""
@@ -31,19 +33,18 @@ _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_w
 _IDLE = [EncodedGroup([0], [[0]], [None])]
 _IDLE_BATCH = plan_batches(_IDLE, None, share_prefix=False)[0]
 
-_sharing: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
+_sharing: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
 
 
 class Scorer(nn.Module):
     """A causal language model as a module whose forward returns log-probs.
 
     This is what data-parallel wrappers wrap, so that their hooks run on the forward that is back-propagated.
-    shares_prefix: whether the model honours positions and a 4-D mask, so that a group can be one row with its prompt
-    once; measured here, against one row per completion.
+    way: how packed groups attend, see `packed_attention`; default the fastest for model and device.
     Raises UserError for a model that is not a causal one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, way: Way | None = None) -> None:
         super().__init__()
         self.model = model
         causal: Any = causal_lm(model)
@@ -54,9 +55,25 @@ class Scorer(nn.Module):
         self.head = find_head(causal)
         self.vocabulary = len(causal.get_input_embeddings().weight)
         self.context = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-        self.attention = causal.config._attn_implementation
+        self.attention = causal.config.get_text_config()._attn_implementation
         self.takes_positions = takes_positions(causal)
-        self.shares_prefix = _may_share(self)
+        self._way: Way | None = way
+        _check_causal(self)
+
+    @property
+    def way(self) -> Way:
+        """How packed groups attend on the device where the model is now."""
+        if self._way is not None:
+            return self._way
+        return fastest_way(causal_lm(self.model), self.attention, next(self.model.parameters()).device)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the model honours positions and a 4-D mask, so that a group can be one row with its prompt once.
+
+        Measured on first use, and where it has moved to another kind of device, against one row per completion.
+        """
+        return _may_share(self)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Log-probs of the M scored tokens of a batch, float32 (float64 for a float64 model)."""
@@ -70,19 +87,34 @@ class Scorer(nn.Module):
         arguments: dict[str, Any] = {"input_ids": inputs.input_ids_BL, "use_cache": False}
         if self.takes_positions:
             arguments["position_ids"] = inputs.position_ids_BL
-        if inputs.mask_BL is not None:
-            arguments["attention_mask"] = self._attention_mask(inputs.mask_BL)
-        if self.head is None:
-            states_BLX = causal(**arguments).logits
-        else:
-            states_BLX = causal.base_model(**arguments).last_hidden_state
+        way: Way = "mask"
+        if inputs.segments_BL is not None:
+            way = self._way_of_this_forward()
+            arguments |= attention_arguments(way, inputs.segments_BL, self._mask_dtype)
+        with attending(causal, way, self.attention):
+            if self.head is None:
+                states_BLX = causal(**arguments).logits
+            else:
+                states_BLX = causal.base_model(**arguments).last_hidden_state
         return states_BLX.flatten(0, 1)[inputs.sources_M]
 
-    def _attention_mask(self, seen: Tensor) -> Tensor:
+    def attending(self, batch: Batch | None) -> AbstractContextManager[None]:
+        """For a forward pass together with its backward pass: layers may then be computed twice, in one way."""
+        way: Way = self.way if batch is not None and batch.packed else "mask"
+        return attending(causal_lm(self.model), way, self.attention)
+
+    def _way_of_this_forward(self) -> Way:
+        way, config = self.way, causal_lm(self.model).config.get_text_config()
+        if torch.is_grad_enabled() and recomputes(self.model) and not is_attending(config, way, self.attention):
+            # The layers are computed again in a backward pass that comes when the model attends as it always did.
+            return "mask"
+        return way
+
+    @property
+    def _mask_dtype(self) -> torch.dtype | None:
         if self.attention == "sdpa":
-            return seen
-        dtype = next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+            return None
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
 
 
 def causal_lm(model: Any) -> Any:
@@ -237,15 +269,17 @@ def _check(number: int, group: EncodedGroup, scorer: Scorer) -> None:
 
 
 def _may_share(scorer: Scorer) -> bool:
-    """Whether a packed group gives the states of separate rows: measured once per model and attention."""
-    known = _sharing.setdefault(scorer.model, {})
-    if scorer.attention not in known:
-        _check_causal(scorer)
-        known[scorer.attention] = _can_be_packed(scorer) and _sharing_is_exact(scorer)
-    return known[scorer.attention]
+    """Whether a packed group gives the states of separate rows: measured once per model, way and kind of device."""
+    known = _sharing[scorer.model]
+    key = (scorer.attention, scorer.way, next(scorer.parameters()).device.type)
+    if key not in known:
+        known[key] = _can_be_packed(scorer) and _sharing_is_exact(scorer)
+    return known[key]
 
 
 def _check_causal(scorer: Scorer) -> None:
+    if scorer.model in _sharing:
+        return
     after_prompt = _probe_states(scorer, share=False)[:, 0]
     # A model that gives NaN is broken in another way, which whoever uses its scores sees and names.
     if not after_prompt.isnan().any() and not _same(after_prompt[:1], after_prompt[1:]):
@@ -253,6 +287,7 @@ def _check_causal(scorer: Scorer) -> None:
             f"{type(causal_lm(scorer.model)).__name__} is not causal: what it predicts depends on later tokens; "
             "give a causal language model"
         )
+    _sharing[scorer.model] = {}
 
 
 def _sharing_is_exact(scorer: Scorer) -> bool:

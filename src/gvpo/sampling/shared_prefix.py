@@ -14,7 +14,6 @@ what it cannot tell: rope_type "longrope" beyond the length first trained with, 
 from __future__ import annotations
 
 import copy
-import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,13 +26,10 @@ from torch.overrides import TorchFunctionMode
 
 from gvpo.models.head import head_maker
 from gvpo.models.modes import probing
+from gvpo.models.packed_attention import asks_more, reaches_attention
 from gvpo.models.scoring import attends_to_all, causal_lm
 
 ATTENTION = "gvpo_shared_prefix"
-
-_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
-"""What models hand to their attention that changes nothing in it; whatever else they hand to it, such as soft caps,
-sinks, windows or chosen keys, is not computed here."""
 
 _TOLERANCE = 1e-4
 _BLOCK = 64
@@ -232,8 +228,8 @@ def can_share(model: nn.Module) -> bool:
         return False
     causal = causal_lm(model)
     if model not in _known:
-        may = getattr(causal, "_supports_attention_backend", False) and attends_to_all(causal) and _hands_on(causal)
-        _known[model] = bool(may) and head_maker(causal) is not None and _is_exact(causal)
+        may = reaches_attention(causal) and attends_to_all(causal)
+        _known[model] = may and head_maker(causal) is not None and _is_exact(causal)
     return _known[model]
 
 
@@ -247,12 +243,6 @@ def make_reader(model: nn.Module, dtype: torch.dtype | None, most_own: int | Non
     assert make is not None
     reader = reading_copy(causal, dtype)
     return SharedPrefixReader(reader, make(reader), most_own)
-
-
-def _hands_on(causal: Any) -> bool:
-    """Whether the base model takes arguments that it does not know, to hand them to its attention."""
-    parameters = inspect.signature(causal.base_model.forward).parameters.values()
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _is_exact(causal: Any) -> bool:
@@ -297,10 +287,9 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in place of its own attention."""
-    foreign = any(value is not None and name not in _HARMLESS for name, value in others.items())
     # Without a number a layer's keys have no place of their own.
     numbered = getattr(module, "layer_idx", None) is not None
-    if shared_prefix is None or attention_mask is not None or dropout > 0 or foreign or not numbered:
+    if shared_prefix is None or attention_mask is not None or dropout > 0 or asks_more(others) or not numbered:
         raise Unsupported
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return shared_prefix.attend(module.layer_idx, query, key, value, scale).transpose(1, 2).contiguous(), None

@@ -251,7 +251,8 @@ def _backpropagate_batches(
     logps_N = blank_scores(scorer, sum(len(group.completion_ids) for group in encoded), width)
     for turn in range(turns):
         batch = plan[turn] if turn < len(plan) else None
-        with nullcontext() if turn == turns - 1 else processes.no_sync(scorer):
+        syncing = nullcontext() if turn == turns - 1 else processes.no_sync(scorer)
+        with syncing, unwrapped(scorer).attending(batch):
             logps = score_batch(scorer, encoded, batch, width=width)
             if batch is None:
                 (0.0 * logps.sum()).backward()

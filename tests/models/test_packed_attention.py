@@ -1,0 +1,208 @@
+"""Attention over packed groups: all ways against the mask that says who sees whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import SHARING, WITHOUT_SDPA, tiny
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+from torch.nn.functional import scaled_dot_product_attention
+
+from gvpo.groups import Completion, Group
+from gvpo.models import packed_attention
+from gvpo.models.batches import build_inputs, plan_batches
+from gvpo.models.encoding import EncodedGroup
+from gvpo.models.packed_attention import (
+    PackedGroups,
+    attend_by_members,
+    attending,
+    dense_mask,
+    fastest_way,
+    is_attending,
+    sees,
+)
+from gvpo.models.scoring import Scorer, sequence_logprobs
+from gvpo.training.update import accumulate_gradients
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+SHAPES = {
+    "ragged": ([4, 1, 7], [[3, 1, 6], [2], [5, 5, 1, 2]]),
+    "one token each": ([3, 2], [[1, 1], [1, 2]]),
+    "an empty completion": ([2, 3], [[0, 4], [3, 2]]),
+    "one prompt length": ([5, 5], [[4, 4], [2, 3]]),
+    "prompts made again in the backward pass": ([30, 28], [[3] * 8, [1, 2] * 4]),
+}
+
+
+def segments(shape: str) -> Tensor:
+    prompts, members = SHAPES[shape]
+    groups = [
+        EncodedGroup([1] * prompt, [[2] * length for length in lengths], [None] * len(lengths))
+        for prompt, lengths in zip(prompts, members, strict=True)
+    ]
+    (batch,) = plan_batches(groups, None, share_prefix=True)
+    segments_BL = build_inputs(groups, batch, CPU).segments_BL
+    assert segments_BL is not None
+    return segments_BL
+
+
+def test_who_sees_whom() -> None:
+    # Prompt of two, completions of two and one, and padding, which sees something too: a row of nothing gives NaN.
+    seen = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0]]
+    segments_BL = torch.tensor([[0, 0, 1, 1, 2, -1]])
+    assert dense_mask(segments_BL).shape == (1, 1, 6, 6)
+    assert dense_mask(segments_BL)[0, 0].int().tolist() == [*seen, [1, 1, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_function_of_flex_attention_says_what_the_mask_says(shape: str) -> None:
+    segments_BL = segments(shape)
+    rows, width = segments_BL.shape
+    assert torch.equal(create_mask(sees(segments_BL), rows, 1, width, width, device="cpu"), dense_mask(segments_BL))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+def test_outputs_and_gradients_are_those_under_the_mask(
+    shape: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments_BL, recomputed = segments(shape), []
+    kept = packed_attention.checkpoint
+    monkeypatch.setattr(packed_attention, "checkpoint", lambda *a, **k: recomputed.append(1) or kept(*a, **k))
+    rows, width = segments_BL.shape
+    torch.manual_seed(0)
+    states = [torch.randn(rows, h, width, 8, dtype=torch.float64).requires_grad_() for h in (heads[0], *[heads[1]] * 2)]
+    outs = [
+        attend_by_members(*states, PackedGroups.of(segments_BL), 0.4),  # pyright: ignore[reportCallIssue]
+        scaled_dot_product_attention(*states, attn_mask=dense_mask(segments_BL), scale=0.4, enable_gqa=True).transpose(
+            1, 2
+        ),  # pyright: ignore
+    ]
+    assert bool(recomputed) == shape.startswith("prompts made again")
+    # Padding is nobody's output.
+    real = segments_BL >= 0
+    direction = torch.randn_like(outs[0][real])
+    results = [(out[real], *torch.autograd.grad((out[real] * direction).sum(), states)) for out in outs]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+def ragged_groups() -> list[Group]:
+    """Stale: the reference is several nats away."""
+    groups = []
+    for prompt, lengths in ((4, [2, 7]), (9, [1, 3, 3])):
+        members = [
+            Completion(token_ids=[3] * n + [k], reward=float(k * n % 3), ref_logprob=-5.0 * k)
+            for k, n in enumerate(lengths)
+        ]
+        groups.append(Group(None, members, prompt_ids=[5] * prompt))
+    return groups
+
+
+@pytest.fixture
+def by_members(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """One entry for every call of `attend_by_members`."""
+    calls: list[int] = []
+    attend = packed_attention.attend_by_members
+    monkeypatch.setattr(packed_attention, "attend_by_members", lambda *given: calls.append(1) or attend(*given))
+    yield calls
+
+
+@pytest.mark.parametrize("architecture", [name for name in SHARING if name not in WITHOUT_SDPA])
+@torch.no_grad()
+def test_scores_are_the_same_in_every_way(architecture: str, by_members: list[int]) -> None:
+    model = tiny(architecture, attention="sdpa")
+    fastest, masked = Scorer(model), Scorer(model, way="mask")
+    expected = sequence_logprobs(masked, ragged_groups(), share_prefix=False)
+    by_members.clear()
+    torch.testing.assert_close(sequence_logprobs(masked, ragged_groups()), expected, rtol=1e-5, atol=1e-4)
+    assert not by_members
+    torch.testing.assert_close(sequence_logprobs(fastest, ragged_groups()), expected, rtol=1e-5, atol=1e-4)
+    assert bool(by_members) == (fastest.way == "members")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_flex_attention_scores_the_same() -> None:
+    # On a CPU it has a forward pass, and none backward. Not compiled: that takes a minute, and computes the same.
+    model = tiny("llama", attention="sdpa")
+    expected = sequence_logprobs(model, ragged_groups(), share_prefix=False)
+    flex = Scorer(model, way="flex")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        assert flex.shares_prefix
+        torch.testing.assert_close(sequence_logprobs(flex, ragged_groups()), expected.detach(), rtol=1e-5, atol=1e-4)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_layers_that_are_computed_twice_are_so_in_one_way(by_members: list[int]) -> None:
+    def gradients(model: Any) -> list[Tensor]:
+        grads = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        return grads
+
+    model = tiny("llama", attention="sdpa").double().train()
+    layers = model.config.num_hidden_layers
+    accumulate_gradients(model, ragged_groups(), beta=0.1)
+    updates = gradients(model)
+    sequence_logprobs(model, ragged_groups()).sum().backward()
+    scores = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    by_members.clear()
+    accumulate_gradients(model, ragged_groups(), beta=0.1)
+    torch.testing.assert_close(gradients(model), updates, rtol=1e-9, atol=1e-10)
+    assert len(by_members) == 2 * layers
+    by_members.clear()
+    # What comes backward later than this call cannot know in which way it was.
+    sequence_logprobs(model, ragged_groups()).sum().backward()
+    torch.testing.assert_close(gradients(model), scores, rtol=1e-9, atol=1e-10)
+    assert not by_members
+
+
+@pytest.mark.parametrize("extra", [{"s_aux": 1}, {"sliding_window": 3}, {"dropout": 1e-9}], ids=str)
+def test_what_is_not_computed_here_goes_to_sdpa(extra: dict[str, Any], by_members: list[int]) -> None:
+    segments_BL = segments("ragged")
+    states = torch.randn(3, 2, segments_BL.shape[1], 4)
+    given = (torch.nn.Module(), states, states, states, dense_mask(segments_BL))
+    packed = PackedGroups.of(segments_BL)
+    out, _ = packed_attention._attend(*given, packed_groups=packed, **extra)
+    masked = scaled_dot_product_attention(states, states, states, attn_mask=given[-1])
+    torch.testing.assert_close(out, masked.transpose(1, 2))
+    assert not by_members
+    packed_attention._attend(*given, packed_groups=packed)
+    assert by_members
+
+
+class TestTheFastestWay:
+    def test_by_device_and_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert fastest_way(tiny("llama"), "sdpa", CPU) == "members"
+        assert fastest_way(tiny("llama"), "eager", CPU) == "mask"
+        monkeypatch.setattr(packed_attention, "flex_obstacle", lambda _device: None)
+        assert fastest_way(tiny("llama"), "sdpa", GPU) == "flex"
+        assert fastest_way(tiny("llama").double(), "sdpa", GPU) == "members"
+        assert fastest_way(tiny("llama", attention_dropout=0.1), "sdpa", GPU) == "members"
+
+    def test_layers_with_a_config_of_their_own_mask(self) -> None:
+        model = tiny("llama")
+        model.model.layers[1].self_attn.config = type(model.config)()
+        assert fastest_way(model, "sdpa", CPU) == "mask"
+
+    def test_what_keeps_flex_attention_away_has_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert packed_attention.flex_obstacle(CPU) == "flex_attention has no backward pass on a CPU"
+        monkeypatch.setattr(packed_attention.importlib.util, "find_spec", lambda _name: None)
+        assert packed_attention.flex_obstacle(GPU) == "triton is not installed"
+
+
+def test_a_model_attends_as_before_after_an_error() -> None:
+    model = tiny("llama", attention="sdpa")
+    with pytest.raises(KeyError), attending(model, "members", "sdpa"):
+        assert is_attending(model.config, "members", "sdpa")
+        with attending(model, "mask", "sdpa"):
+            assert model.config._attn_implementation == "sdpa"
+        assert is_attending(model.config, "members", "sdpa")
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
