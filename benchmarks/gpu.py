@@ -6,10 +6,10 @@
 Sampling: the embedded sampler, and vLLM in the same process where it is installed, for the first model; completions
 have no end token, so that lengths are equal. Updates: one call of accumulate_gradients and one step of AdamW on the
 same groups, in float32 and in bfloat16 autocast, with and without gradient checkpointing and torch.compile of the
-decoder layers, with sdpa and flex_attention. Medians after one warm-up. Tokens are those of completions. Share of peak:
-the operations of the work with every prompt computed once, whatever a setting recomputes, over those of a square matrix
-product of the same precision measured here. A setting that cannot run here is listed with its reason. Nothing is
-downloaded. Without a GPU: one line, exit code 2.
+decoder layers, in every way that packed groups attend. Medians after one warm-up. Tokens are those of completions.
+Share of peak: the operations of the work with every prompt computed once, whatever a setting recomputes, over those of
+a square matrix product of the same precision measured here. A setting that cannot run here is listed with its reason.
+Nothing is downloaded. Without a GPU: one line, exit code 2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import shutil
 import statistics
 import sys
 import time
@@ -26,20 +25,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gvpo import Completion, Group, accumulate_gradients, load_model
 from gvpo.models.modes import enable_checkpointing
+from gvpo.models.packed_attention import Way, flex_obstacle
 from gvpo.models.scoring import Scorer
 from gvpo.sampling import SamplingParams, TorchSampler
 from gvpo.sampling.vllm_sampler import Colocated, VLLMSampler
 
 RANDOM = "random-0.5b"
 SMOLLM2 = "smollm2-135m"
-HEADER = ("model", "what", "precision", "attention", "checkpointing", "compile")
+HEADER = ("model", "what", "precision", "groups attend", "checkpointing", "compile")
 RESULTS = ("seconds", "tokens/s", "share of peak", "peak memory, GiB", "note")
 
 
@@ -63,12 +63,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table. attention, checkpointing, compiled: None where they play no part."""
+    """One row of the table. way: how packed groups attend; None, as with the others, where it plays no part."""
 
     model: str
     what: str
     bf16: bool
-    attention: str = "sdpa"
+    way: Way | None = None
     checkpointing: bool | None = None
     compiled: bool | None = None
 
@@ -78,9 +78,9 @@ def settings(models: list[str]) -> list[Setting]:
     rows: list[Setting] = []
     for model in models:
         rows += [Setting(model, "sampling", bf16) for bf16 in (False, True)]
-        for attention, bf16, checkpointing, compiled in product(("sdpa", "flex_attention"), *[(False, True)] * 3):
-            rows.append(Setting(model, "update", bf16, attention, checkpointing, compiled))
-    return [*rows, Setting(models[0], "sampling, vLLM", True, "vLLM's")]
+        for way, bf16, checkpointing, compiled in product(get_args(Way), *[(False, True)] * 3):
+            rows.append(Setting(model, "update", bf16, way, checkpointing, compiled))
+    return [*rows, Setting(models[0], "sampling, vLLM", True)]
 
 
 def obstacle(row: Setting, device: torch.device) -> str | None:
@@ -91,15 +91,12 @@ def obstacle(row: Setting, device: torch.device) -> str | None:
     if row.what == "sampling, vLLM":
         installed = importlib.util.find_spec("vllm") is not None
         return None if installed and cuda else "needs a GPU" if installed else "vllm is not installed"
-    if row.attention == "flex_attention" and not cuda:
-        return "flex_attention has no backward pass on a CPU"
+    if row.way == "flex" and (reason := flex_obstacle(device)):
+        return reason
     if row.bf16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "no bfloat16 in this GPU"
-    if (row.compiled or row.attention == "flex_attention") and importlib.util.find_spec("triton") is None and cuda:
-        return "triton is not installed"
-    if (row.compiled or row.attention == "flex_attention") and cuda and shutil.which("cc") is None:
-        return "no C compiler, which triton needs"
-    return None
+    # What compiles flex_attention compiles layers too.
+    return flex_obstacle(device) if row.compiled and cuda else None
 
 
 def build(row: Setting, work: Work) -> Any:
@@ -107,13 +104,12 @@ def build(row: Setting, work: Work) -> Any:
     # All layers, and rows, share their code: what one row has compiled must not count towards another's limit.
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = 64
-    attention = row.attention if row.what == "update" else "sdpa"
     if row.model == SMOLLM2:
-        model: Any = load_model(SMOLLM2, device=work.device, attn_implementation=attention)[0]
+        model: Any = load_model(SMOLLM2, device=work.device)[0]
     else:
         torch.manual_seed(0)
         with work.device:
-            model = AutoModelForCausalLM.from_config(llama(work.tiny), attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(llama(work.tiny))
     if row.checkpointing:
         enable_checkpointing(model)
     if row.compiled:
@@ -212,7 +208,7 @@ def memory(row: Setting, device: torch.device) -> str:
 
 def update_run(row: Setting, work: Work, model: Any) -> tuple[Callable[[], Any], str]:
     """One update, gradients and step, and what is to be said of it."""
-    groups, scorer = make_groups(work, model.config.vocab_size), Scorer(model)
+    groups, scorer = make_groups(work, model.config.vocab_size), Scorer(model, way=row.way)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=work.device.type == "cuda")
 
     def run() -> None:
@@ -245,7 +241,7 @@ def autocast(row: Setting, work: Work) -> AbstractContextManager[Any]:
 
 def described(row: Setting) -> tuple[str, ...]:
     switches = ["" if switch is None else "yes" if switch else "no" for switch in (row.checkpointing, row.compiled)]
-    return (row.model, row.what, "bf16" if row.bf16 else "float32", row.attention, *switches)
+    return (row.model, row.what, "bf16" if row.bf16 else "float32", row.way or "", *switches)
 
 
 def line(cells: tuple[str, ...]) -> str:
