@@ -200,18 +200,21 @@ class TestMemory:
             run()
         return kept
 
-    @pytest.mark.parametrize("rows", [8, 64, 512])
-    def test_no_logits_are_saved_for_the_backward_pass(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("rows", [8, 64])
+    def test_a_few_chunks_are_saved_for_the_backward_pass(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows * self.WORDS)
         hidden_MD, weight_VD, targets_M = self.inputs()
         kept = self.saved(lambda: token_logprobs(hidden_MD, targets_M, lambda h: h @ weight_VD.T, self.WORDS))
-        total = sum(tensor.numel() * tensor.element_size() for tensor in kept)
-        assert total < 2 * (hidden_MD.nbytes + targets_M.nbytes)
+        total = sum({tensor.data_ptr(): tensor.nbytes for tensor in kept}.values())
+        chunks = head.KEPT_CHUNKS * rows * self.WORDS * 4
+        small = 2 * (hidden_MD.nbytes + targets_M.nbytes) + head.KEPT_CHUNKS * weight_VD.nbytes
+        assert chunks < total < chunks + small
+        assert chunks < self.TOKENS * self.WORDS * 4
         # The negative control.
         kept = self.saved(lambda: gather_logprobs(hidden_MD @ weight_VD.T, targets_M))
         assert max(tensor.numel() for tensor in kept) == self.TOKENS * self.WORDS
 
-    @pytest.mark.parametrize("rows", [8, 32])
+    @pytest.mark.parametrize("rows", [8, 24])
     def test_no_more_than_a_few_chunks_are_alive_at_once(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows * self.WORDS)
         hidden_MD, weight_VD, targets_M = self.inputs()
@@ -220,11 +223,13 @@ class TestMemory:
         with Alive() as forward:
             logps_M = token_logprobs(hidden_MD, targets_M, lambda h: h @ weight_VD.T, self.WORDS)
         assert forward.largest == rows * self.WORDS
-        assert forward.peak < 3 * chunk + small
-        assert forward.now < small
+        waiting = head.KEPT_CHUNKS * chunk
+        assert forward.peak < waiting + 3 * chunk + small
+        assert forward.now < waiting + small
         with Alive() as backward:
             logps_M.sum().backward()
         assert backward.largest == rows * self.WORDS
+        # What waits is counted from its making on, which was before.
         assert backward.peak < 5 * chunk + small < everything
         with Alive() as plain:
             gather_logprobs(hidden_MD @ weight_VD.T, targets_M).sum().backward()

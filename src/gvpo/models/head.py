@@ -1,4 +1,4 @@
-"""The log-prob head: hidden states to the log-probs of given tokens, in chunks that the backward pass recomputes.
+"""The log-prob head: hidden states to the log-probs of given tokens, in chunks, most of which are recomputed.
 
 Covered: any model whose logits are its output embedding of the base model's last hidden state, times a constant
 (Cohere, Granite), softly capped (Gemma 2). Which transform a model applies is read from its config and then measured
@@ -20,7 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from gvpo.models.modes import probing
 
 CHUNK_ELEMENTS = 2**24
-"""Logits alive at once: 64 MiB in float32, whatever the batch and the vocabulary."""
+"""Logits made at once: 64 MiB in float32, whatever the batch and the vocabulary."""
+
+KEPT_CHUNKS = 4
+"""Chunks that wait for their backward pass with their softmax: 256 MiB. Those before them are recomputed in it."""
 
 _PROBE_TOLERANCE = 1e-4
 _PROBE_LOGITS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -36,14 +39,14 @@ def token_logprobs(hidden_MD: Tensor, targets_M: Tensor, logits: LogitTransform,
     """log softmax(logits(hidden))[target] for each row, float32 (float64 for a float64 model), differentiable.
 
     hidden_MD: hidden states that precede the targets. targets_M: token ids. logits: hidden states to logits.
-    Chunks are recomputed in the backward pass: no tensor of size tokens x vocabulary is kept.
+    The backward pass recomputes all chunks but the last few: what is kept does not grow with the batch.
     """
     rows = max(1, CHUNK_ELEMENTS // vocabulary)
-    pieces = zip(hidden_MD.split(rows), targets_M.split(rows), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([_chunk_logprobs(hidden, targets, logits) for hidden, targets in pieces])
+    pieces = list(zip(hidden_MD.split(rows), targets_M.split(rows), strict=True))
+    recomputed = max(0, len(pieces) - KEPT_CHUNKS) if torch.is_grad_enabled() else 0
     return torch.cat(
-        [checkpoint(_chunk_logprobs, hidden, targets, logits, use_reentrant=False) for hidden, targets in pieces]
+        [checkpoint(_chunk_logprobs, *piece, logits, use_reentrant=False) for piece in pieces[:recomputed]]
+        + [_chunk_logprobs(*piece, logits) for piece in pieces[recomputed:]]
     )
 
 
