@@ -33,7 +33,7 @@ class Case:
     k: int = 8
     prompt_tokens: int = 46
     max_tokens: int = 32
-    token_budget: int | None = 2048
+    token_budget: int | None = 1024
     processes: int = 1
     model: Llama | None = None
     value: int = 0

@@ -28,6 +28,7 @@ from gvpo.models.head import head_maker
 from gvpo.models.modes import probing
 from gvpo.models.packed_attention import asks_more, reaches_attention
 from gvpo.models.scoring import attends_to_all, causal_lm
+from gvpo.sampling.packed_linear import pack_linears
 
 ATTENTION = "gvpo_shared_prefix"
 
@@ -44,8 +45,8 @@ class Unsupported(Exception):
 def reading_copy(model: Any, dtype: torch.dtype | None = None) -> Any:
     """A structural copy of a model in evaluation mode that attends by shared prefixes.
 
-    dtype None: it has the model's own parameters, not copies of them. Else they are cast; buffers, such as rotary
-    frequencies, keep their precision.
+    dtype None: it has the model's own parameters, not copies of them. Else they are cast, and on CPUs packed for linear
+    layers; buffers, such as rotary frequencies, keep their precision.
     """
 
     def cast(parameter: nn.Parameter) -> nn.Parameter:
@@ -55,6 +56,8 @@ def reading_copy(model: Any, dtype: torch.dtype | None = None) -> Any:
 
     with _Detaching():
         reader = copy.deepcopy(model, {id(parameter): cast(parameter) for parameter in model.parameters()})
+    if dtype is not None:
+        pack_linears(reader)
     reader.config._attn_implementation = ATTENTION
     return reader.eval()
 
