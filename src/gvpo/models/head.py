@@ -121,16 +121,16 @@ def _fused_logprobs(hidden_MD: Tensor, targets_M: Tensor, linear: Any) -> Tensor
     )
 
     kind = hidden_MD.device.type
-    tensors = (hidden_MD, linear.weight, linear.bias)
+    tensors: list[Any] = [hidden_MD, linear.weight, linear.bias]
     if torch.is_autocast_enabled(kind):
         # Once for all chunks; left to autocast, every chunk would cast the whole weight again.
         dtype = torch.get_autocast_dtype(kind)
-        tensors = tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
-    hidden_MD, weight_VD, bias_V = tensors
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    states_MD, weight_VD, bias_V = tensors
     # Triton launches on the current device, wherever its arguments are.
     with torch.cuda.device_of(hidden_MD):
         return -liger_fused_linear_cross_entropy(
-            hidden_MD, weight_VD, targets_M, bias_V, reduction="none", accum_dtype=torch.float32
+            states_MD, weight_VD, targets_M, bias_V, reduction="none", accum_dtype=torch.float32
         )
 
 
