@@ -6,10 +6,11 @@
 Sampling: the embedded sampler, and vLLM in the same process where it is installed, for the first model; completions
 have no end token, so that lengths are equal. Updates: one call of accumulate_gradients and one step of AdamW on the
 same groups, in float32 and in bfloat16 autocast, with and without gradient checkpointing and torch.compile of the
-decoder layers, in every way that packed groups attend. Medians after one warm-up. Tokens are those of completions.
-Share of peak: the operations of the work with every prompt computed once, whatever a setting recomputes, over those of
-a square matrix product of the same precision measured here. A setting that cannot run here is listed with its reason.
-Nothing is downloaded. Without a GPU: one line, exit code 2.
+decoder layers, in every way that packed groups attend, with the log-prob head in chunks; and two more with the fused
+head. Medians after one warm-up. Tokens are those of completions. Share of peak: the operations of the work with every
+prompt computed once, whatever a setting recomputes, over those of a square matrix product of the same precision
+measured here. A setting that cannot run here is listed with its reason. Nothing is downloaded. Without a GPU: one line,
+exit code 2.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gvpo import Completion, Group, accumulate_gradients, load_model
+from gvpo.models.head import fused_obstacle
 from gvpo.models.modes import enable_checkpointing
 from gvpo.models.packed_attention import Way, flex_obstacle
 from gvpo.models.scoring import Scorer
@@ -39,6 +42,7 @@ from gvpo.sampling.vllm_sampler import Colocated, VLLMSampler
 
 RANDOM = "random-0.5b"
 SMOLLM2 = "smollm2-135m"
+FUSED = "update, fused head"
 HEADER = ("model", "what", "precision", "groups attend", "checkpointing", "compile")
 RESULTS = ("seconds", "tokens/s", "share of peak", "peak memory, GiB", "note")
 
@@ -80,6 +84,7 @@ def settings(models: list[str]) -> list[Setting]:
         rows += [Setting(model, "sampling", bf16) for bf16 in (False, True)]
         for way, bf16, checkpointing, compiled in product(get_args(Way), *[(False, True)] * 3):
             rows.append(Setting(model, "update", bf16, way, checkpointing, compiled))
+        rows += [Setting(model, FUSED, bf16, "flex", False, False) for bf16 in (False, True)]
     return [*rows, Setting(models[0], "sampling, vLLM", True)]
 
 
@@ -91,6 +96,8 @@ def obstacle(row: Setting, device: torch.device) -> str | None:
     if row.what == "sampling, vLLM":
         installed = importlib.util.find_spec("vllm") is not None
         return None if installed and cuda else "needs a GPU" if installed else "vllm is not installed"
+    if row.what == FUSED and (reason := fused_obstacle(device)):
+        return reason
     if row.way == "flex" and (reason := flex_obstacle(device)):
         return reason
     if row.bf16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -187,13 +194,13 @@ def measure(row: Setting, work: Work, peaks: dict[bool, float]) -> tuple[str, ..
     if reason := obstacle(row, work.device):
         return ("", "", "", "", f"not run: {reason}")
     model = build(row, work)
-    run, note = (update_run if row.what == "update" else sampling_run)(row, work, model)
+    run, note = (update_run if row.way else sampling_run)(row, work, model)
     run()
     if work.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(work.device)
     seconds = statistics.median(timed(run, work.device) for _ in range(work.repeats))
-    share = f"{operations(model, work) / seconds / peaks[row.bf16]:.0%}" if row.what == "update" else ""
+    share = f"{operations(model, work) / seconds / peaks[row.bf16]:.0%}" if row.way else ""
     return (f"{seconds:.3f}", f"{work.tokens / seconds:,.0f}", share, memory(row, work.device), note)
 
 
@@ -212,7 +219,7 @@ def update_run(row: Setting, work: Work, model: Any) -> tuple[Callable[[], Any],
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=work.device.type == "cuda")
 
     def run() -> None:
-        with autocast(row, work):
+        with autocast(row, work), chosen_head(row):
             accumulate_gradients(scorer, groups, beta=0.1, token_budget=work.token_budget)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -239,6 +246,13 @@ def autocast(row: Setting, work: Work) -> AbstractContextManager[Any]:
     return torch.autocast(work.device.type, torch.bfloat16, enabled=row.bf16)
 
 
+def chosen_head(row: Setting) -> AbstractContextManager[Any]:
+    """The head in chunks, also where the fused one can run; the fused one in its own rows."""
+    if row.what == FUSED:
+        return nullcontext()
+    return mock.patch("gvpo.models.head.fused_obstacle", lambda _device: "not asked for")
+
+
 def described(row: Setting) -> tuple[str, ...]:
     switches = ["" if switch is None else "yes" if switch else "no" for switch in (row.checkpointing, row.compiled)]
     return (row.model, row.what, "bf16" if row.bf16 else "float32", row.way or "", *switches)
@@ -251,8 +265,8 @@ def line(cells: tuple[str, ...]) -> str:
 def machine(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = [f"torch {torch.__version__}"]
-    for package in ("transformers", "vllm", "triton"):
-        found = importlib.util.find_spec(package) is not None
+    for package in ("transformers", "vllm", "triton", "liger-kernel"):
+        found = importlib.util.find_spec(package.replace("-", "_")) is not None
         versions.append(f"{package} {importlib.metadata.version(package) if found else 'not installed'}")
     return f"{name}; {', '.join(versions)}"
 

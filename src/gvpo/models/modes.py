@@ -1,7 +1,9 @@
-"""Train and evaluation mode, restored exactly."""
+"""Train and evaluation mode, restored exactly; what a processor can do."""
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +39,13 @@ def computes_bfloat16(device: torch.device) -> bool:
     # Private, and on CPUs the only ones to ask.
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
+def triton_obstacle() -> str | None:
+    """Why Triton's kernels cannot be compiled for a GPU here; None = they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "no C compiler, which triton needs"
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -11,9 +11,7 @@ their attention more than `members` computes (soft caps, sinks, windows, biases,
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+
+from gvpo.models.modes import triton_obstacle
 
 Way = Literal["flex", "members", "mask"]
 
@@ -61,9 +61,7 @@ def flex_obstacle(device: torch.device) -> str | None:
     """Why FlexAttention cannot train on this device; None = it can."""
     if device.type != "cuda":
         return "flex_attention has no backward pass on a CPU" if device.type == "cpu" else "no flex_attention"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "no C compiler, which triton needs"
+    return triton_obstacle()
 
 
 @contextmanager
