@@ -408,6 +408,7 @@ def test_a_copy_in_another_dtype_draws_and_goes(monkeypatch: pytest.MonkeyPatch)
     model = tiny("llama", vocabulary=40).float()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     outputs: list[torch.dtype] = []
+    assert can_share(model)  # measured here, with the weights themselves
     read = SharedPrefixReader.read
 
     def noting(reader: SharedPrefixReader, tokens_N: Tensor) -> Tensor:
