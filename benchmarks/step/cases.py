@@ -97,7 +97,6 @@ class Trl:
     weights: str
     autocast: bool
     micro_batch: int
-    checkpointing: bool = False
 
     @property
     def precision(self) -> str:
@@ -116,23 +115,16 @@ PLAIN = ("float32", "bf16")
 """The plain loop's: bf16 is autocast around both generation and forward."""
 
 TRL = {
+    "float32, 4": Trl("float32", False, 4),
     "float32, 8": Trl("float32", False, 8),
     "float32, 16": Trl("float32", False, 16),
-    "float32, 64": Trl("float32", False, 64),
-    "float32, 16, checkpointing": Trl("float32", False, 16, True),
     "autocast, 8": Trl("float32", True, 8),
-    "autocast, 16": Trl("float32", True, 16),
+    "bf16 weights, 4": Trl("bfloat16", False, 4),
     "bf16 weights, 8": Trl("bfloat16", False, 8),
     "bf16 weights, 16": Trl("bfloat16", False, 16),
-    "bf16 weights, 64": Trl("bfloat16", False, 64),
-    "bf16 weights, 16, checkpointing": Trl("bfloat16", False, 16, True),
     "bf16 weights and autocast, 8": Trl("bfloat16", True, 8),
-    "bf16 weights and autocast, 16": Trl("bfloat16", True, 16),
 }
 """TRL's settings, with the completions in one micro-batch."""
-
-TRL_LONG = [name for name, setting in TRL.items() if setting.micro_batch < 64 and not setting.checkpointing]
-"""Those that are tried for long prompts: 64 of these sequences at once need too much memory for most machines."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 Same model (SmolLM2-135M), prompts, seeds and completion lengths for all; on the processor alone. `main`: 8 prompts of
 46 tokens, 8 completions each of at most 32; `long`: 8 prompts of 512, 16 completions each. TRL's settings
-(micro-batches, dtypes, checkpointing) are tried first, and the fastest of each precision is measured. `sampler`: this
+(micro-batches, dtypes) are tried first, and the fastest of each precision is measured. `sampler`: this
 sampler against `model.generate`. The others are growth series of this trainer. Every measurement is a process of its
 own, and its first step is left out (except of those in `long` that take minutes). One JSON row each is appended to
 OUT/results.jsonl; one that is there is not made again, so an interrupted command is given once more. Needs the extras
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cases import GROWTH, LONG, MAIN, OURS, PLAIN, TRL, TRL_LONG, TRY_LONG, Case, Job
+from cases import GROWTH, LONG, MAIN, OURS, PLAIN, TRL, TRY_LONG, Case, Job
 from measure import in_a_process
 
 COMPARED = {"main": MAIN, "long": LONG}
@@ -75,9 +75,9 @@ def measure_part(part: str, options: argparse.Namespace) -> None:
 def tries(part: str) -> Iterator[Job]:
     """TRL's settings. In `long` on fewer prompts, and without a first step: one takes minutes."""
     if part == "main":
-        yield from (Job(MAIN.name, "trl", name, 1, 2, stage="try") for name in TRL)
+        yield from (Job(MAIN.name, "trl", name, 1, 1, stage="try") for name in TRL)
     else:
-        yield from (Job(TRY_LONG.name, "trl", name, 0, 1, stage="try") for name in TRL_LONG)
+        yield from (Job(TRY_LONG.name, "trl", name, 0, 1, stage="try") for name in TRL)
 
 
 def compared(part: str, best: dict[str, str], repeat: int, options: argparse.Namespace) -> Iterator[Job]:

@@ -13,6 +13,7 @@ from forced import check_lengths, force_generate, force_sampler, make_model, mak
 from gvpo import GVPOConfig, GVPOTrainer
 from gvpo.sampling.sampler import SamplingParams
 from gvpo.sampling.torch_sampler import TorchSampler
+from gvpo.training.devices import keep_freed_memory
 from gvpo.training.reporter import Stopwatch
 
 Steps = list[dict[str, float]]
@@ -127,7 +128,7 @@ def run_trl(case: Case, setting: str, count: int, loaded: Loaded) -> Steps:
             bf16=how.autocast,
             per_device_train_batch_size=how.micro_batch,
             gradient_accumulation_steps=completions // how.micro_batch,
-            gradient_checkpointing=how.checkpointing,
+            gradient_checkpointing=False,
             num_generations=case.k,
             max_completion_length=case.max_tokens,
             num_iterations=1,
@@ -152,12 +153,12 @@ def run_trl(case: Case, setting: str, count: int, loaded: Loaded) -> Steps:
 
 
 def run_sampler(case: Case, setting: str, count: int, loaded: Loaded) -> Steps:
-    """The embedded sampler alone, on weights of the setting's dtype."""
+    """The embedded sampler alone, as in a run: float32 weights, of which it makes a copy of the setting's dtype."""
+    keep_freed_memory()
     model, tokenizer = make_model(case)
-    model = model.to(_dtype(setting))
     _, prompts = make_prompts(case, tokenizer)
     force_sampler(case, prompts)
-    sampler, params = TorchSampler(model, ()), SamplingParams(case.max_tokens)
+    sampler, params = TorchSampler(model, (), dtype=_dtype(setting)), SamplingParams(case.max_tokens)
     loaded()
 
     def draw(number: int) -> list[list[int]]:
