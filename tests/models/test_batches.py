@@ -99,7 +99,7 @@ class TestInputs:
         inputs = build_inputs(groups, batch, CPU)
         assert inputs.input_ids_BL.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
         assert inputs.position_ids_BL.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-        assert inputs.segments_BL is None
+        assert inputs.segments is None
         # 2 is predicted at 1, 3 at 2, 4 at 3; 5 at place 1 of the second row of 4.
         assert inputs.sources_M.tolist() == [1, 2, 3, 5]
         assert inputs.targets_M.tolist() == [2, 3, 4, 5]
@@ -115,8 +115,31 @@ class TestInputs:
         assert inputs.sources_M.tolist() == [1, 2, 3, 1, 4, 5]
         assert inputs.targets_M.tolist() == [2, 3, 4, 5, 6, 11]
         assert inputs.members_M.tolist() == [0, 0, 0, 1, 1, 2]
-        assert inputs.segments_BL is not None
-        assert inputs.segments_BL.tolist() == [[0, 0, 1, 1, 2], [0, -1, -1, -1, -1]]
+        assert inputs.segments is not None
+        assert inputs.segments.group_BL.tolist() == [[0] * 5, [1] * 5]
+        assert inputs.segments.member_BL.tolist() == [[0, 0, 1, 1, 2], [0, -1, -1, -1, -1]]
+
+    def test_groups_end_to_end(self) -> None:
+        groups = [group(2, 3, 2), group(1, 2, start=10)]
+        (batch,) = plan_batches(groups, None, True, end_to_end=True)
+        assert batch.positions == 2 + 3 + 2 + 1 + 2 and batch.packed
+        inputs = build_inputs(groups, batch, CPU)
+        # 0 1 | 2 3 (4) | 5 (6), then 10 | 11 (12): nothing between, and positions begin anew.
+        assert inputs.input_ids_BL.tolist() == [[0, 1, 2, 3, 5, 10, 11]]
+        assert inputs.position_ids_BL.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+        assert inputs.sources_M.tolist() == [1, 2, 3, 1, 4, 5, 6]
+        assert inputs.targets_M.tolist() == [2, 3, 4, 5, 6, 11, 12]
+        assert inputs.members_M.tolist() == [0, 0, 0, 1, 1, 2, 2]
+        assert inputs.segments is not None
+        assert inputs.segments.group_BL.tolist() == [[0, 0, 0, 0, 0, 1, 1]]
+        assert inputs.segments.member_BL.tolist() == [[0, 0, 1, 1, 2, 0, 1]]
+
+    def test_without_padding_short_groups_fill_what_long_ones_leave(self) -> None:
+        # Lengths 9, 8, 3, 2 within 12: 9 + 3 and 8 + 2. Below one another 3 would be padded to 9, and 2 to 8.
+        groups = [group(1, length - 1) for length in (3, 9, 2, 8)]
+        plan = plan_batches(groups, 12, True, end_to_end=True)
+        assert [[row.length for row in batch.rows] for batch in plan] == [[9, 3], [8, 2]]
+        assert [[row.length for row in batch.rows] for batch in plan_batches(groups, 12, True)] == [[9], [8], [3, 2]]
 
     def test_padding_has_no_position_of_its_own_beyond_the_furthest(self) -> None:
         groups = [group(4, 3, 3, 3), group(1, 2, 2)]

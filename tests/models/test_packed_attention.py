@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gvpo.groups import Completion, Group
 from gvpo.models import packed_attention
-from gvpo.models.batches import build_inputs, plan_batches
+from gvpo.models.batches import Segments, build_inputs, plan_batches
 from gvpo.models.encoding import EncodedGroup
 from gvpo.models.packed_attention import (
     PackedGroups,
@@ -39,53 +39,57 @@ SHAPES = {
 }
 
 
-def segments(shape: str) -> Tensor:
+def segments(shape: str, end_to_end: bool = True) -> Segments:
     prompts, members = SHAPES[shape]
     groups = [
         EncodedGroup([1] * prompt, [[2] * length for length in lengths], [None] * len(lengths))
         for prompt, lengths in zip(prompts, members, strict=True)
     ]
-    (batch,) = plan_batches(groups, None, share_prefix=True)
-    segments_BL = build_inputs(groups, batch, CPU).segments_BL
-    assert segments_BL is not None
-    return segments_BL
+    (batch,) = plan_batches(groups, None, True, end_to_end)
+    found = build_inputs(groups, batch, CPU).segments
+    assert found is not None
+    return found
 
 
 def test_who_sees_whom() -> None:
     # Prompt of two, completions of two and one, and padding, which sees something too: a row of nothing gives NaN.
     seen = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0]]
-    segments_BL = torch.tensor([[0, 0, 1, 1, 2, -1]])
-    assert dense_mask(segments_BL).shape == (1, 1, 6, 6)
-    assert dense_mask(segments_BL)[0, 0].int().tolist() == [*seen, [1, 1, 0, 0, 0, 1]]
+    one = Segments(torch.tensor([[0] * 6]), torch.tensor([[0, 0, 1, 1, 2, -1]]))
+    assert dense_mask(one).shape == (1, 1, 6, 6)
+    assert dense_mask(one)[0, 0].int().tolist() == [*seen, [1, 1, 0, 0, 0, 1]]
+    # Another group behind it sees nothing of it.
+    two = Segments(torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    seen = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]])
+    assert dense_mask(two)[0, 0].int().equal(torch.block_diag(seen, seen).int())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_function_of_flex_attention_says_what_the_mask_says(shape: str) -> None:
-    segments_BL = segments(shape)
-    rows, width = segments_BL.shape
-    assert torch.equal(create_mask(sees(segments_BL), rows, 1, width, width, device="cpu"), dense_mask(segments_BL))
+    for end_to_end in (True, False):
+        found = segments(shape, end_to_end)
+        rows, width = found.group_BL.shape
+        assert torch.equal(create_mask(sees(found), rows, 1, width, width, device="cpu"), dense_mask(found))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+@pytest.mark.parametrize("end_to_end", [True, False])
 def test_outputs_and_gradients_are_those_under_the_mask(
-    shape: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    shape: str, heads: tuple[int, int], end_to_end: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    segments_BL, recomputed = segments(shape), []
+    found, recomputed = segments(shape, end_to_end), []
     kept = packed_attention.checkpoint
     monkeypatch.setattr(packed_attention, "checkpoint", lambda *a, **k: recomputed.append(1) or kept(*a, **k))
-    rows, width = segments_BL.shape
+    rows, width = found.group_BL.shape
     torch.manual_seed(0)
     states = [torch.randn(rows, h, width, 8, dtype=torch.float64).requires_grad_() for h in (heads[0], *[heads[1]] * 2)]
     outs = [
-        attend_by_members(*states, PackedGroups.of(segments_BL), 0.4),  # pyright: ignore[reportCallIssue]
-        scaled_dot_product_attention(*states, attn_mask=dense_mask(segments_BL), scale=0.4, enable_gqa=True).transpose(
-            1, 2
-        ),  # pyright: ignore
+        attend_by_members(*states, PackedGroups.of(found), 0.4),  # pyright: ignore[reportCallIssue]
+        scaled_dot_product_attention(*states, attn_mask=dense_mask(found), scale=0.4, enable_gqa=True).transpose(1, 2),  # pyright: ignore
     ]
     assert bool(recomputed) == shape.startswith("prompts made again")
     # Padding is nobody's output.
-    real = segments_BL >= 0
+    real = found.member_BL >= 0
     direction = torch.randn_like(outs[0][real])
     results = [(out[real], *torch.autograd.grad((out[real] * direction).sum(), states)) for out in outs]
     for ours, theirs in zip(*results, strict=True):
@@ -165,12 +169,12 @@ def test_layers_that_are_computed_twice_are_so_in_one_way(by_members: list[int])
 
 @pytest.mark.parametrize("extra", [{"s_aux": 1}, {"sliding_window": 3}, {"dropout": 1e-9}], ids=str)
 def test_what_is_not_computed_here_goes_to_sdpa(extra: dict[str, Any], by_members: list[int]) -> None:
-    segments_BL = segments("ragged")
-    states = torch.randn(3, 2, segments_BL.shape[1], 4)
-    given = (torch.nn.Module(), states, states, states, dense_mask(segments_BL))
-    packed = PackedGroups.of(segments_BL)
+    found = segments("ragged")
+    states = torch.randn(1, 2, found.group_BL.shape[1], 4)
+    given = (torch.nn.Module(), states, states, states, None)
+    packed = PackedGroups.of(found)
     out, _ = packed_attention._attend(*given, packed_groups=packed, **extra)
-    masked = scaled_dot_product_attention(states, states, states, attn_mask=given[-1])
+    masked = scaled_dot_product_attention(states, states, states, attn_mask=dense_mask(found))
     torch.testing.assert_close(out, masked.transpose(1, 2))
     assert not by_members
     packed_attention._attend(*given, packed_groups=packed)

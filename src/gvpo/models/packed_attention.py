@@ -1,9 +1,9 @@
-"""Attention over packed groups: a row is a prompt, then completions of it, each of which sees the prompt and itself.
+"""Attention over packed groups: a prompt, then completions of it, each of which sees the prompt and itself.
 
 Three ways to the same numbers. `flex`: FlexAttention's block mask, on GPUs. `members`: SDPA, every completion as a row
-that has the prompt's keys in front of its own. `mask`: the model's own SDPA or eager attention under a mask over the
-whole row, in which every completion is compared with every other: (P + kT)^2 products for a prompt of P and k
-completions of T, where the others take P^2 + kT(P + T).
+that has the prompt's keys in front of its own. `mask`: the model's own SDPA or eager attention under a mask over whole
+rows, in which all tokens of a row are compared: (P + kT)^2 products for a prompt of P and k completions of T, where the
+others take P^2 + kT(P + T).
 
 Covered: models of transformers whose attention goes through the attention interface; others, and layers that ask of
 their attention more than `members` computes (soft caps, sinks, windows, biases, dropout), take the mask.
@@ -12,7 +12,7 @@ their attention more than `members` computes (soft caps, sinks, windows, biases,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from gvpo.models.batches import Segments
 from gvpo.models.modes import triton_obstacle
 
 Way = Literal["flex", "members", "mask"]
@@ -33,7 +34,8 @@ HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", 
 sinks, windows or chosen keys, is not computed in this library."""
 
 _COPIES = 4
-"""Copies of prompts' keys that are kept for the backward pass, in row lengths; more are made again there."""
+"""Keys, prompts' copies included, that are kept for the backward pass, in multiples of the batch's tokens; where there
+are more, they are made again there."""
 
 
 def fastest_way(causal: Any, attention: str, device: torch.device) -> Way:
@@ -89,96 +91,101 @@ def _implementation(way: Way, attention: str) -> str:
     return {"flex": "flex_attention", "members": ATTENTION, "mask": attention}[way]
 
 
-def attention_arguments(way: Way, segments_BL: Tensor, dtype: torch.dtype | None) -> dict[str, Any]:
+def attention_arguments(way: Way, segments: Segments, dtype: torch.dtype | None) -> dict[str, Any]:
     """What a base model is given for it, beside ids and positions.
 
-    segments_BL: 0 for tokens of a row's prompt, m for those of its m-th completion, -1 for padding. dtype: of the mask
-    that is added to the scores of eager attention; None = a boolean one.
+    dtype: of the mask that is added to the scores of eager attention; None = a boolean one.
     """
     if way == "flex":
-        return {"attention_mask": _block_mask(segments_BL)}
-    seen = dense_mask(segments_BL)
+        return {"attention_mask": _block_mask(segments)}
+    if way == "members":
+        return {"packed_groups": PackedGroups.of(segments)}
+    seen = dense_mask(segments)
     if dtype is not None:
         seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-    if way == "mask" or not (segments_BL > 0).any():
-        return {"attention_mask": seen}
-    return {"attention_mask": seen, "packed_groups": PackedGroups.of(segments_BL)}
+    return {"attention_mask": seen}
 
 
-def dense_mask(segments_BL: Tensor) -> Tensor:
-    """(B, 1, L, L), True where a query sees a key: an earlier one, of the prompt or of the same completion."""
-    query, key = segments_BL[:, :, None], segments_BL[:, None, :]
-    causal = torch.ones_like(query == key).tril()
-    return (((query == key) | (key == 0)) & causal)[:, None]
+def dense_mask(segments: Segments) -> Tensor:
+    """(B, 1, L, L), True where a query sees a key: an earlier one of its group, of prompt or same completion."""
+    rows, width = segments.group_BL.shape
+    places = torch.arange(width, device=segments.group_BL.device)
+    row = torch.arange(rows, device=places.device)[:, None, None]
+    return sees(segments)(row, row, places[:, None], places)[:, None]
 
 
-def _block_mask(segments_BL: Tensor) -> Any:
-    """The same mask, as FlexAttention's."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def sees(segments: Segments) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The mask as a function of row, head, query and key."""
+    group_BL, member_BL = segments.group_BL, segments.member_BL
 
-    rows, width = segments_BL.shape
-    return create_block_mask(sees(segments_BL), rows, None, width, width, device=str(segments_BL.device))
-
-
-def sees(segments_BL: Tensor) -> Any:
-    """The same mask, as a function of (row, head, query, key)."""
-
-    def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        del h
-        own, other = segments_BL[b, q], segments_BL[b, kv]
-        return ((own == other) | (other == 0)) & (kv <= q)
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del head
+        of_group = group_BL[row, query] == group_BL[row, key]
+        of_member = (member_BL[row, query] == member_BL[row, key]) | (member_BL[row, key] == 0)
+        return of_group & of_member & (key <= query)
 
     return seen
 
 
+def _block_mask(segments: Segments) -> Any:
+    """The mask as FlexAttention's."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, width = segments.group_BL.shape
+    return create_block_mask(sees(segments), rows, None, width, width, device=str(segments.group_BL.device))
+
+
 @dataclass(frozen=True, slots=True)
 class PackedGroups:
-    """Where prompts and completions are in B rows of L columns; P: longest prompt, M: most members, T: most tokens.
+    """Where the tokens of a batch are by group: G groups with at most P tokens of prompt and M completions of T tokens.
 
-    places_N: for all N = B * M * T tokens of completions, the flat place (b * L + column) that they are at; padding
-    repeats some place. seen_NTX: (B * M or 1, 1, T, P + T), True where a completion's token sees one of its prompt or
-    of its own. sources_BL: for every column, its place in (B, P + M * T), prompts first; flat.
+    places_S: for all S = G * (P + M * T) slots, the flat place in (B, L) of its token; slots of none have some place.
+    slots_BL: for every place its slot, flat. seen: (G * M or 1, 1, T, P + T), True where a completion's token sees one
+    of its prompt or of its own.
     """
 
+    segments: Segments
     prompt_width: int
     members: int
     tokens: int
-    places_N: Tensor
+    places_S: Tensor
+    slots_BL: Tensor
     seen: Tensor
-    sources_BL: Tensor
 
     @classmethod
-    def of(cls, segments_BL: Tensor) -> PackedGroups:
-        """Read from the segments, of which one at least is a completion's: see `attention_arguments`."""
-        device = segments_BL.device
-        rows, width = segments_BL.shape
-        prompts_B = (segments_BL == 0).sum(1)
-        columns_L = torch.arange(width, device=device)
-        starts_BM = torch.stack([(segments_BL == m + 1).int().argmax(1) for m in range(int(segments_BL.max()))], 1)
-        counts_BM = torch.stack([(segments_BL == m + 1).sum(1) for m in range(starts_BM.shape[1])], 1)
-        prompt_width, members, tokens = int(prompts_B.max()), starts_BM.shape[1], int(counts_BM.max())
+    def of(cls, segments: Segments) -> PackedGroups:
+        """Read from the segments, each of which is without gaps."""
+        group_N, member_N = segments.group_BL.flatten(), segments.member_BL.flatten()
+        device = group_N.device
+        groups, members = int(group_N.max()) + 1, int(member_N.max())
+        places_N, real_N = torch.arange(len(group_N), device=device), member_N >= 0
+        segment_N = group_N * (members + 1) + member_N.clamp(min=0)
+        counts_GM = segment_N[real_N].bincount(minlength=groups * (members + 1)).view(groups, members + 1)
+        starts_GM = torch.full_like(counts_GM.view(-1), len(group_N))
+        starts_GM = starts_GM.scatter_reduce(0, segment_N[real_N], places_N[real_N], "amin").view_as(counts_GM)
+        prompt_width, tokens = int(counts_GM[:, 0].max()), int(counts_GM[:, 1:].max()) if members else 0
 
-        at_T = torch.arange(tokens, device=device)
-        real_BMT = at_T < counts_BM[..., None]
-        places_BMT = (starts_BM[..., None] + at_T).where(real_BMT, 0) + width * torch.arange(rows, device=device)[
-            :, None, None
-        ]
+        def places(segments: slice, width: int) -> tuple[Tensor, Tensor]:
+            """Of so many slots for each segment; and which of them have a token."""
+            at = torch.arange(width, device=device)
+            filled = at < counts_GM[:, segments, None]
+            return (starts_GM[:, segments, None] + at).where(filled, 0).flatten(1), filled.flatten(1)
 
-        segment_BL = (segments_BL - 1).clamp(min=0)
-        own_BL = prompt_width + segment_BL * tokens + columns_L - starts_BM.gather(1, segment_BL)
-        sources_BL = torch.where(segments_BL > 0, own_BL, columns_L.where(segments_BL == 0, 0))
-        sources_BL += (prompt_width + members * tokens) * torch.arange(rows, device=device)[:, None]
+        prompts_GP, in_prompt_GP = places(slice(0, 1), prompt_width)
+        own_GT, _ = places(slice(1, None), tokens)
 
-        in_prompt_BP = torch.arange(prompt_width, device=device) < prompts_B[:, None]
-        if bool(in_prompt_BP.all()):
-            in_prompt_BP = in_prompt_BP[:1]
+        within_N = places_N - starts_GM.flatten()[segment_N]
+        slots_N = torch.where(member_N > 0, prompt_width + (member_N - 1) * tokens, 0) + within_N
+        slots_N = (slots_N + group_N * (prompt_width + members * tokens)).where(real_N, 0)
+
+        if bool(in_prompt_GP.all()):
+            in_prompt_GP = in_prompt_GP[:1]
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-        seen = torch.cat(
-            [in_prompt_BP[:, None].expand(-1, tokens, -1), causal.expand(len(in_prompt_BP), tokens, tokens)], -1
-        )
-        if len(seen) > 1:
-            seen = seen.repeat_interleave(members, 0)
-        return cls(prompt_width, members, tokens, places_BMT.flatten(), seen[:, None], sources_BL.flatten())
+        prompts = in_prompt_GP[:, None].expand(-1, tokens, -1)
+        seen = torch.cat([prompts, causal.expand(len(prompts), -1, -1)], -1)
+        seen = seen if len(seen) == 1 else seen.repeat_interleave(members, 0)
+        places_S = torch.cat([prompts_GP, own_GT], 1).flatten()
+        return cls(segments, prompt_width, members, tokens, places_S, slots_N, seen[:, None])
 
 
 def _attend(
@@ -197,6 +204,8 @@ def _attend(
 
     if packed_groups is None or dropout > 0 or asks_more(others):
         sdpa = AttentionInterface()["sdpa"]
+        if packed_groups is not None:
+            attention_mask = dense_mask(packed_groups.segments)
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
@@ -213,38 +222,44 @@ def attend_by_members(query: Tensor, key: Tensor, value: Tensor, groups: PackedG
 
     On CPUs in float32 at least: with so few queries at a time bfloat16 is slower there.
     """
-    dtype, gqa = query.dtype, query.shape[1] != key.shape[1]
+    dtype, rows = query.dtype, len(query)
     if query.device.type == "cpu":
         query, key, value = (states.to(torch.promote_types(dtype, torch.float32)) for states in (query, key, value))
-    width, prompt = query.shape[2], groups.prompt_width
-    of_prompts = scaled_dot_product_attention(
-        query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], is_causal=True, scale=scale, enable_gqa=gqa
-    )
-    given = (query, key, value, groups, scale)
-    if torch.is_grad_enabled() and groups.members * (prompt + groups.tokens) > _COPIES * width:
-        of_members = checkpoint(_of_members, *given, use_reentrant=False, preserve_rng_state=False)
+    keys = groups.seen.shape[-1] * groups.members
+    if torch.is_grad_enabled() and keys > _COPIES * (groups.prompt_width + groups.members * groups.tokens):
+        both = checkpoint(_by_group, query, key, value, groups, scale, use_reentrant=False, preserve_rng_state=False)
     else:
-        of_members = _of_members(*given)
-    both = torch.cat([of_prompts.transpose(1, 2), of_members], 1).flatten(0, 1)  # pyright: ignore
-    return both.index_select(0, groups.sources_BL).unflatten(0, (-1, width)).to(dtype)
+        both = _by_group(query, key, value, groups, scale)
+    return both.index_select(0, groups.slots_BL).unflatten(0, (rows, -1)).to(dtype)  # pyright: ignore
 
 
-def _of_members(query: Tensor, key: Tensor, value: Tensor, groups: PackedGroups, scale: float) -> Tensor:
-    """Attention of the completions' tokens, (B, M * T, heads, D)."""
-    rows, members = len(query), groups.members
+def _by_group(query: Tensor, key: Tensor, value: Tensor, groups: PackedGroups, scale: float) -> Tensor:
+    """Attention in every slot, (S, heads, D)."""
+    prompt, members = groups.prompt_width, groups.members
 
-    def own(states_BHLD: Tensor) -> Tensor:
-        """(B * M, H, T, D)."""
-        chosen = states_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, groups.places_N)
-        return chosen.unflatten(0, (rows * members, groups.tokens)).transpose(1, 2)
+    def by_group(states_BHLD: Tensor) -> Tensor:
+        """(G, H, P + M * T, D)."""
+        slots = states_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, groups.places_S)
+        return slots.unflatten(0, (-1, prompt + members * groups.tokens)).transpose(1, 2)
 
-    def behind_prompt(states_BHLD: Tensor) -> Tensor:
-        """(B * M, H, P + T, D)."""
-        prompts = states_BHLD[:, None, :, : groups.prompt_width].expand(-1, members, -1, -1, -1).flatten(0, 1)
-        return torch.cat([prompts, own(states_BHLD)], 2)
+    def own(states_GHSD: Tensor) -> Tensor:
+        """(G * M, H, T, D)."""
+        return states_GHSD[:, :, prompt:].unflatten(2, (members, -1)).transpose(1, 2).flatten(0, 1)
+
+    def behind_prompt(states_GHSD: Tensor) -> Tensor:
+        """(G * M, H, P + T, D)."""
+        prompts = states_GHSD[:, None, :, :prompt].expand(-1, members, -1, -1, -1).flatten(0, 1)
+        return torch.cat([prompts, own(states_GHSD)], 2)
 
     gqa = query.shape[1] != key.shape[1]
-    out = scaled_dot_product_attention(
-        own(query), behind_prompt(key), behind_prompt(value), attn_mask=groups.seen, scale=scale, enable_gqa=gqa
-    )
-    return out.transpose(1, 2).reshape(rows, members * groups.tokens, *out.shape[1::2])
+    query, key, value = map(by_group, (query, key, value))
+    of_prompts = (states[:, :, :prompt] for states in (query, key, value))
+    out = scaled_dot_product_attention(*of_prompts, is_causal=True, scale=scale, enable_gqa=gqa)  # pyright: ignore
+    out = out.transpose(1, 2)
+    if groups.tokens:
+        of_members = scaled_dot_product_attention(
+            own(query), behind_prompt(key), behind_prompt(value), attn_mask=groups.seen, scale=scale, enable_gqa=gqa
+        )
+        of_members = of_members.unflatten(0, (-1, members)).permute(0, 1, 3, 2, 4).flatten(1, 2)
+        out = torch.cat([out, of_members], 1)
+    return out.flatten(0, 1)

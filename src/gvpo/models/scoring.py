@@ -88,9 +88,9 @@ class Scorer(nn.Module):
         if self.takes_positions:
             arguments["position_ids"] = inputs.position_ids_BL
         way: Way = "mask"
-        if inputs.segments_BL is not None:
+        if inputs.segments is not None:
             way = self._way_of_this_forward()
-            arguments |= attention_arguments(way, inputs.segments_BL, self._mask_dtype)
+            arguments |= attention_arguments(way, inputs.segments, self._mask_dtype)
         with attending(causal, way, self.attention):
             if self.head is None:
                 states_BLX = causal(**arguments).logits
@@ -179,7 +179,9 @@ def plan_scoring(
     inner = unwrapped(scorer)
     for number, group in enumerate(encoded):
         _check(number, group, inner)
-    return plan_batches(encoded, token_budget, share_prefix and inner.shares_prefix)
+    shares = share_prefix and inner.shares_prefix
+    # A mask over all groups of a batch would be mostly empty.
+    return plan_batches(encoded, token_budget, shares, end_to_end=shares and inner.way != "mask")
 
 
 def score_plan(
@@ -299,7 +301,7 @@ def _probe_states(scorer: Scorer, share: bool) -> Tensor:
     prompt = [token % scorer.vocabulary for token in (3, 1, 4, 1, 5)]
     completions = [[token % scorer.vocabulary for token in tokens] for tokens in ((9, 2, 6), (5, 3, 5), (8, 9, 7))]
     group = EncodedGroup(prompt, completions, [None, None, None])
-    (batch,) = plan_batches([group], None, share)
+    (batch,) = plan_batches([group], None, share, end_to_end=share and scorer.way != "mask")
     with probing(scorer):
         inputs = build_inputs([group], batch, next(scorer.parameters()).device)
         return scorer.states(inputs).unflatten(0, (3, 3))
