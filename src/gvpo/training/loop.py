@@ -410,7 +410,8 @@ class GVPOTrainer:
         groups = [kept for group in self.progress.groups if (kept := teaching(group)) is not None][:1]
         groups = [replace(group, completions=group.completions[:2]) for group in groups]
         with self._autocast():
-            checks = score_checks(unwrapped(self.scorer), groups, half=self.config.bf16)
+            half, share_prefix = self.config.bf16, self.config.share_prefix
+            checks = score_checks(unwrapped(self.scorer), groups, half=half, share_prefix=share_prefix)
         self._checked = bool(checks)
         for number, check in enumerate(checks):
             if check.holds:
