@@ -16,7 +16,7 @@ from gvpo.cli.facts import device
 from gvpo.cli.main import main
 from gvpo.models import packed_attention, scoring
 from gvpo.models.encoding import encode_groups
-from gvpo.models.score_checks import Check, own_logprobs
+from gvpo.models.score_checks import Check, own_logprobs, score_checks
 
 
 def by_name(checks: list[Check]) -> dict[str, bool]:
@@ -56,6 +56,14 @@ class TestModelChecks:
         monkeypatch.setattr(scoring, "find_head", lambda model: lambda hidden: 1.01 * head(model)(hidden))  # pyright: ignore
         assert by_name(model_checks(tiny_llama(), must_share=True)) == HEALTHY | {"log-prob head": False}
 
+    @pytest.mark.parametrize("share_prefix", [True, False])
+    def test_what_is_tried_twice_is_what_is_used(self, share_prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        scorer, attend = scoring.Scorer(tiny_llama()), packed_attention.attend_by_members
+        assert scorer.shares_prefix  # Measured here, before packed rows become random.
+        monkeypatch.setattr(packed_attention, "attend_by_members", lambda *args: attend(*args) * torch.rand(()))
+        checks = score_checks(scorer, probe_groups(64), share_prefix=share_prefix)
+        assert by_name(checks) == HEALTHY | {"the same score": not share_prefix, "prompts shared": False}
+
     def test_not_a_number_fails(self) -> None:
         model = tiny_llama()
         with torch.no_grad():
@@ -72,6 +80,19 @@ def test_own_logprobs_are_the_sum_over_the_completions_tokens() -> None:
     lengths = [len(member.token_ids or []) for group in groups for member in group.completions]
     expected = -torch.tensor(lengths).float() * torch.tensor(64.0).log()
     torch.testing.assert_close(own_logprobs(model, encode_groups(groups, None)).detach(), expected)
+
+
+def test_own_logprobs_ask_for_no_logits_of_the_prompt() -> None:
+    model, groups = tiny_llama(), encode_groups(probe_groups(64), None)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, out: rows.append(out.shape[1]))
+    few_N = own_logprobs(model, groups)
+    # With the one after the last token, which the model cannot be asked to leave out.
+    assert rows == [len(ids) + 1 for group in groups for ids in group.completion_ids]
+    forward = model.forward
+    model.forward = lambda input_ids, use_cache: forward(input_ids=input_ids, use_cache=use_cache)
+    torch.testing.assert_close(own_logprobs(model, groups), few_N)
+    assert rows[len(few_N) :] == [group.length(member) for group in groups for member in range(len(group.scored))]
 
 
 def test_the_probe_is_ragged_and_within_a_small_vocabulary() -> None:

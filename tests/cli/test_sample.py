@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_helpers import END, letters_tokenizer, rows_of, tiny_model
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
@@ -84,15 +85,18 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, act: Callable[[], 
 
 
 class TestGroups:
-    def test_a_group_is_all_that_a_draw_is(self) -> None:
-        assert sample("groups.jsonl", "--temperature", "0.7", "--top_p", "0.9", "--top_k", "9", "--seed", "5") == 0
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_a_group_is_all_that_a_draw_is(self, dtype: str) -> None:
+        how = ["--temperature", "0.7", "--top_p", "0.9", "--top_k", "9", "--seed", "5", "--rollout_dtype", dtype]
+        # Many, for a rounding to show.
+        assert sample("groups.jsonl", "-k", "99", *how) == 0
         groups = list(read_groups("groups.jsonl"))
         model, tokenizer = load_model("tiny")
         assert tokenizer is not None
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
         params = SamplingParams(5, temperature=0.7, top_p=0.9, top_k=9)
         seeds = [draw_seed(5, position) for position in range(6)]
-        drawn = TorchSampler(model, {END}).sample(prompts, 3, params, seeds=seeds)
+        drawn = TorchSampler(model, {END}, dtype=getattr(torch, dtype)).sample(prompts, 99, params, seeds=seeds)
         assert [group.prompt for group in groups] == PROMPTS
         assert [group.prompt_ids for group in groups] == prompts
         assert [group.columns for group in groups] == [{"answer": prompt.upper()} for prompt in PROMPTS]
@@ -405,6 +409,7 @@ class TestMistakes:
             (["-k", "1"], "-k 1: a group of one teaches nothing; give 2 or more"),
             (["--temperature", "0"], "--temperature: input should be greater than 0, got 0.0"),
             (["--top_p", "1.5"], "--top_p: input should be less than or equal to 1, got 1.5"),
+            (["--rollout_dtype", "half"], "--rollout_dtype: input should be 'auto', 'float32' or 'bfloat16'"),
             (["--source", ""], "--source: empty; name where the completions come from"),
             (["--prompts", "no.jsonl"], "no.jsonl: no such file; check the path"),
             (["--prompts", "offline.jsonl"], "offline.jsonl, line 1: brings its own completions, so there is nothing"),

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from gvpo.errors import UserError
-from gvpo.sampling import Sample, SamplingParams, TorchSampler
+from gvpo.sampling import Sample, SamplingParams, TorchSampler, torch_sampler
 from gvpo.sampling.plain_reader import PlainReader
 from gvpo.sampling.shared_prefix import (
     SharedPrefixReader,
@@ -37,7 +37,7 @@ from gvpo.sampling.shared_prefix import (
     make_reader,
     reading_copy,
 )
-from gvpo.sampling.torch_sampler import _next_parts, _Row
+from gvpo.sampling.torch_sampler import _next_parts, _Row, make_torch_sampler
 
 END = 0
 RAGGED = [[5, 2, 3], [1], [4, 4, 6, 1, 2, 7], [3, 5]]
@@ -424,6 +424,18 @@ def test_a_copy_in_another_dtype_draws_and_goes(monkeypatch: pytest.MonkeyPatch)
     assert sum(same) > len(same) / 2, "rounded weights draw almost the same"
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("computes", [True, False])
+def test_the_processor_and_the_weights_choose_what_to_draw_in(
+    weights: torch.dtype, computes: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch_sampler, "computes_bfloat16", lambda device: computes)
+    model = tiny("llama").to(weights)
+    copied = torch.bfloat16 if computes and weights == torch.float32 else None
+    assert make_torch_sampler(model, None, "auto").dtype == copied
+    assert make_torch_sampler(model, None, "float32").dtype == torch.float32
 
 
 def test_rotary_frequencies_keep_their_precision():

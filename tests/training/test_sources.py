@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_helpers import (
     END,
     first_token,
@@ -141,6 +142,16 @@ def test_a_teachers_draws_are_members(rollouts: list[list[Group]], tmp_path: Pat
     student = tiny_model()
     run(student, prompts(), first_token, sources=[POLICY, teacher], num_generations=4, max_steps=2)
     assert all(sources_of(group) == ["policy"] * 2 + ["teacher"] * 2 for group in rollouts[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_teacher_draws_in_the_precision_that_the_policy_draws_in(dtype: str, tmp_path: Path) -> None:
+    tiny_model(5).save_pretrained(tmp_path)
+    sources = [POLICY, {"type": "teacher", "model": str(tmp_path), "members": 1}]
+    config = settings(rollout_dtype=dtype)
+    trainer = GVPOTrainer(tiny_model(), prompts(), first_token, config=config, sources=sources)
+    members: list[Any] = trainer.sources.members
+    assert [source.sampler.dtype for source in members] == [getattr(torch, dtype)] * 2
 
 
 def test_a_teacher_of_another_tokenizer_gives_text(rollouts: list[list[Group]], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def sample(
             show_default=True,
         ),
     ] = "policy",
-    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast over float32 weights.")] = False,
+    rollout_dtype: Annotated[str, _option("rollout_dtype", "DTYPE")] = _default("rollout_dtype"),
     follow: Annotated[
         bool,
         typer.Option("--follow", help="Load what the run publishes in MODEL before each batch; wait for the first."),
@@ -111,7 +111,7 @@ def sample(
         max_completion_length=max_completion_length,
         seed=seed,
         prompt_column=prompt_column,
-        bf16=bf16,
+        rollout_dtype=rollout_dtype,
         token_budget=None,
     )
     if not source:
@@ -225,15 +225,12 @@ class _Policy:
 
     def draw(self, batch: _Batch) -> list[Group]:
         """The batch's groups."""
-        import torch
-
         from gvpo.sources.fill import fill_groups
         from gvpo.sources.policy import draw_seed
 
         job, tokenizer = self.job, self._source.tokenizer
         seeds = [draw_seed(job.config.seed, batch.start + n) for n in range(len(batch.rows))]
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=job.config.bf16):
-            groups = fill_groups(batch.rows, [self._source], job.config.num_generations, seeds, tokenizer)
+        groups = fill_groups(batch.rows, [self._source], job.config.num_generations, seeds, tokenizer)
         meta = {"model": job.model_name, "temperature": job.config.temperature}
         if self.update is not None:
             meta["update"] = self.update
@@ -253,24 +250,26 @@ class _Policy:
 
     def _load(self, *, published: bool) -> None:
         from gvpo.cli.facts import device
-        from gvpo.models.encoding import end_token_ids
         from gvpo.models.loading import load_model
         from gvpo.sampling.published import load_newest
         from gvpo.sampling.sampler import SamplingParams
-        from gvpo.sampling.torch_sampler import TorchSampler
+        from gvpo.sampling.torch_sampler import make_torch_sampler
         from gvpo.sources.policy import PolicySource
         from gvpo.training.data_checks import check_prompts
+        from gvpo.training.devices import keep_freed_memory
 
         job, c, first = self.job, self.job.config, self._source is None
-        self._source, self._device = None, device()  # one model in memory at a time
+        self._source, place = None, device()  # one model in memory at a time
+        if place.type == "cpu":
+            keep_freed_memory()
         if published:
-            model, tokenizer, self.update = load_newest(job.model, self._device)
+            model, tokenizer, self.update = load_newest(job.model, place)
         else:
-            model, tokenizer = load_model(job.model, device=self._device)
+            model, tokenizer = load_model(job.model, device=place)
         if first:
             check_prompts(self._rows, [], tokenizer, model, c)
         params = SamplingParams(c.max_completion_length, c.temperature, c.top_p, c.top_k)
-        sampler = TorchSampler(model, end_token_ids(model, tokenizer))
+        sampler = make_torch_sampler(model, tokenizer, c.rollout_dtype)
         self._source = PolicySource(sampler, tokenizer, params)
 
 

@@ -5,6 +5,7 @@ Used before a run's first update, and by `gvpo doctor`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,29 +33,35 @@ class Check:
 
 
 @torch.no_grad()
-def score_checks(scorer: Scorer, groups: Sequence[Group], *, half: bool = False) -> list[Check]:
-    """Score groups of token ids twice, then in every other way there is.
+def score_checks(
+    scorer: Scorer, groups: Sequence[Group], *, half: bool = False, share_prefix: bool = True
+) -> list[Check]:
+    """Score groups of token ids twice in one way, then once in every other way there is.
 
-    half: whether half-precision autocast is on around the call. Without groups there is nothing to check.
+    half: whether half-precision autocast is on around the call. share_prefix: whether prompts are shared in the way
+    that is tried twice, where the model allows it. Without groups there is nothing to check.
     Returns first "the same score, twice", which must hold bit for bit; then, within a tolerance, the log-prob head
-    against the model's own logits, and shared prompts against separate rows (where the model shares them).
+    against the model's own logits, on the longest completion, and shared prompts against separate rows (where the model
+    shares them).
     """
     if not groups:
         return []
     encoded = encode_groups(groups, None)
-    apart_N, again_N = (_scores(scorer, encoded, share_prefix=False) for _ in range(2))
-    own_N = own_logprobs(causal_lm(scorer.model), encoded)
+    shares = scorer.shares_prefix
+    scores = {way: _scores(scorer, encoded, share_prefix=way) for way in {False, shares}}
+    apart_N, once_N = scores[False], scores[share_prefix and shares]
+    again_N = _scores(scorer, encoded, share_prefix=share_prefix and shares)
     limit = tolerance(scorer, half=half)
     tokens_N = torch.tensor([max(count, 1) for group in encoded for count in _scored_tokens(group)])
-    equal = torch.equal(apart_N, again_N)
-    detail = "equal bit for bit" if equal else f"{float((apart_N - again_N).abs().max()):.3g} nats apart"
-    checks = [
-        Check("the same score, twice", equal, detail),
-        _close("log-prob head, against the model's logits", apart_N, own_N, tokens_N, limit),
-    ]
-    if scorer.shares_prefix:
-        shared_N = _scores(scorer, encoded, share_prefix=True)
-        checks.append(_close(SHARING, shared_N, apart_N, tokens_N, limit))
+    equal = torch.equal(once_N, again_N)
+    detail = "equal bit for bit" if equal else f"{float((once_N - again_N).abs().max()):.3g} nats apart"
+    # The head sees token by token: one completion shows what it does.
+    longest = int(tokens_N.argmax())
+    own_1, one = own_logprobs(causal_lm(scorer.model), [_members(encoded)[longest]]), slice(longest, longest + 1)
+    head = _close("log-prob head, against the model's logits", apart_N[one], own_1, tokens_N[one], limit)
+    checks = [Check("the same score, twice", equal, detail), head]
+    if shares:
+        checks.append(_close(SHARING, scores[True], apart_N, tokens_N, limit))
     return checks
 
 
@@ -67,14 +74,26 @@ def tolerance(scorer: nn.Module, *, half: bool = False) -> float:
 def own_logprobs(model: Any, groups: Sequence[EncodedGroup]) -> Tensor:
     """Log-probs straight from the model's own logits, one completion at a time: logps_N, nats."""
     device, scores = next(model.parameters()).device, []
-    for group in groups:
-        for completion, scored in zip(group.completion_ids, group.scored, strict=True):
-            ids_1L = torch.tensor([group.prompt_ids + completion], device=device)
-            logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]
-            start = len(group.prompt_ids)
-            logps_T = gather_logprobs(logits_LV[start - 1 : -1], ids_1L[0, start:])
-            scores.append(logps_T.sum() if scored is None else logps_T[torch.tensor(scored, device=device)].sum())
+    can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
+    for group in _members(groups):
+        (completion,), (scored,) = group.completion_ids, group.scored
+        ids_1L = torch.tensor([group.prompt_ids + completion], device=device)
+        # A long prompt's logits may not fit; the last position's are of a token that is not there.
+        kept = len(completion) + 1
+        options = {"logits_to_keep": kept} if can_leave_out else {}
+        logits_TV = model(input_ids=ids_1L, use_cache=False, **options).logits[0, -kept:-1]
+        logps_T = gather_logprobs(logits_TV, ids_1L[0, len(group.prompt_ids) :])
+        scores.append(logps_T.sum() if scored is None else logps_T[torch.tensor(scored, device=device)].sum())
     return torch.stack(scores)
+
+
+def _members(groups: Sequence[EncodedGroup]) -> list[EncodedGroup]:
+    """Every completion by itself, as a group of one."""
+    return [
+        EncodedGroup(group.prompt_ids, [completion], [scored])
+        for group in groups
+        for completion, scored in zip(group.completion_ids, group.scored, strict=True)
+    ]
 
 
 def _scores(scorer: Scorer, encoded: Sequence[EncodedGroup], *, share_prefix: bool) -> Tensor:

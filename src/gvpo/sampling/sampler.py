@@ -83,5 +83,5 @@ class PolicySampler(Sampler, Protocol):
     """A sampler that draws from the policy of a run, from its own copy of the weights or from the model itself."""
 
     def sync(self) -> None:
-        """Take the policy's weights as they are now: called by every process before each rollout and evaluation."""
+        """Take the policy's weights as they are now: called by every process before a rollout or evaluation draws."""
         ...

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gvpo.errors import UserError
-from gvpo.models.modes import evaluating
+from gvpo.models.encoding import end_token_ids
+from gvpo.models.modes import computes_bfloat16, evaluating
 from gvpo.models.scoring import causal_lm
 from gvpo.sampling.draw import draw_tokens, member_uniforms
 from gvpo.sampling.plain_reader import PlainReader
@@ -131,6 +132,20 @@ class TorchSampler:
                     f"{row} {total}, more than max_batch_tokens={self.max_batch_tokens}: "
                     "raise it, shorten the prompt or lower max_new_tokens"
                 )
+
+
+def make_torch_sampler(model: Any, tokenizer: Any | None, rollout_dtype: str) -> TorchSampler:
+    """The sampler of a model and its tokenizer: completions end with the end tokens of either.
+
+    rollout_dtype: "float32", "bfloat16", or "auto": bfloat16 for float32 weights where the processor computes in it,
+    else the weights as they are, under the caller's autocast.
+    """
+    weight = next(model.parameters())
+    if rollout_dtype != "auto":
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[rollout_dtype]
+    else:
+        dtype = torch.bfloat16 if weight.dtype == torch.float32 and computes_bfloat16(weight.device) else None
+    return TorchSampler(model, end_token_ids(model, tokenizer), dtype=dtype)
 
 
 class Reader(Protocol):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo.groups import Completion
-from gvpo.models.encoding import encode_prompt, end_token_ids
+from gvpo.models.encoding import encode_prompt
 from gvpo.models.loading import load_model
 from gvpo.sampling.sampler import Sampler, SamplingParams
-from gvpo.sampling.torch_sampler import TorchSampler
+from gvpo.sampling.torch_sampler import make_torch_sampler
 from gvpo.sources.dataset import Row
 from gvpo.sources.policy import draw, draw_seed
 from gvpo.sources.source import prompt_ids
@@ -51,14 +51,17 @@ class TeacherSource:
         return Completion(text, source="teacher", truncated=truncated)
 
 
-def load_teacher(spec: TeacherSpec, tokenizer: Any | None, device: Any, max_new_tokens: int) -> TeacherSource:
+def load_teacher(
+    spec: TeacherSpec, tokenizer: Any | None, device: Any, max_new_tokens: int, rollout_dtype: str
+) -> TeacherSource:
     """The source that a config names, its model loaded, frozen, on `device`.
 
-    max_new_tokens: the run's max_completion_length. Raises UserError as load_model does.
+    max_new_tokens, rollout_dtype: the run's max_completion_length and rollout_dtype.
+    Raises UserError as load_model does.
     """
     model, own = load_model(spec.model, device=device)
     model.requires_grad_(False).eval()
     params = SamplingParams(max_new_tokens, spec.temperature, spec.top_p, spec.top_k)
     same = tokenizer is None or own is None or own.get_vocab() == tokenizer.get_vocab()
-    sampler = TorchSampler(model, end_token_ids(model, own))
+    sampler = make_torch_sampler(model, own, rollout_dtype)
     return TeacherSource(spec, sampler, params, tokenizer, None if same else own)

@@ -232,12 +232,13 @@ class GVPOTrainer:
         self.reference.before_rollout(progress.rollout)
         self.sources.begin(progress.rollout, progress.update)
         with self.stopwatch("rollout"), self._autocast():
-            self.sampler.sync()
             place = (progress.rollout, progress.update)
             whole = self.sources.whole(
                 *place, self.processes, report.note, lambda: self.sigterm.look_together(self.processes)
             )
             fresh = self.order.take(progress.position, config.groups_per_rollout - len(whole))
+            if self.plan.mixture.draws and not all(row.offline for row in fresh):
+                self.sampler.sync()
             rows = self.processes.mine(arrange(whole, fresh, config.updates_per_rollout))
             seeds = [draw_seed(config.seed, progress.rollout, n) for n in range(config.groups_per_rollout)]
             members = (self.sources.members, config.num_generations, self.processes.mine(seeds))
@@ -409,7 +410,8 @@ class GVPOTrainer:
         groups = [kept for group in self.progress.groups if (kept := teaching(group)) is not None][:1]
         groups = [replace(group, completions=group.completions[:2]) for group in groups]
         with self._autocast():
-            checks = score_checks(unwrapped(self.scorer), groups, half=self.config.bf16)
+            half, share_prefix = self.config.bf16, self.config.share_prefix
+            checks = score_checks(unwrapped(self.scorer), groups, half=half, share_prefix=share_prefix)
         self._checked = bool(checks)
         for number, check in enumerate(checks):
             if check.holds:

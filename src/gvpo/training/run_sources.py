@@ -55,7 +55,8 @@ class RunSources:
                     self.members.append(DemonstrationSource(spec))
                 case TeacherSpec():
                     device = next(model.parameters()).device
-                    self.members.append(load_teacher(spec, tokenizer, device, config.max_completion_length))
+                    how = (config.max_completion_length, config.rollout_dtype)
+                    self.members.append(load_teacher(spec, tokenizer, device, *how))
                 case _ if hasattr(spec, "fill"):
                     self.members.append(spec)
         self.policy = PolicySource(sampler, tokenizer, params) if plan.mixture.one(PolicySpec) else None

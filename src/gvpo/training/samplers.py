@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gvpo.models.encoding import end_token_ids
-from gvpo.models.modes import computes_bfloat16
 from gvpo.sampling.sampler import PolicySampler
-from gvpo.sampling.torch_sampler import TorchSampler
+from gvpo.sampling.torch_sampler import make_torch_sampler
 from gvpo.sampling.vllm_sampler import Colocated, Engine, Server, VLLMSampler, check_vllm
 from gvpo.training.config import GVPOConfig
 from gvpo.training.processes import current_processes
@@ -25,21 +21,13 @@ def check_sampler(config: GVPOConfig) -> None:
 
 def make_sampler(config: GVPOConfig, model: Any, tokenizer: Any | None) -> PolicySampler:
     """The sampler of a run, on the model's device. Raises UserError where vLLM cannot be had."""
-    ends = end_token_ids(model, tokenizer)
     if not config.use_vllm:
-        return TorchSampler(model, ends, dtype=rollout_dtype(config, next(model.parameters())))
+        return make_torch_sampler(model, tokenizer, config.rollout_dtype)
     state = RandomState.now()
-    sampler = VLLMSampler(_engine(config, model), ends)
+    sampler = VLLMSampler(_engine(config, model), end_token_ids(model, tokenizer))
     # An engine that starts in this process seeds everybody's generators.
     state.restore()
     return sampler
-
-
-def rollout_dtype(config: GVPOConfig, weight: Tensor) -> torch.dtype | None:
-    """What to draw in, for weights like this one; None = as they are, under the run's autocast."""
-    if config.rollout_dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.rollout_dtype]
-    return torch.bfloat16 if weight.dtype == torch.float32 and computes_bfloat16(weight.device) else None
 
 
 def _engine(config: GVPOConfig, model: Any) -> Engine:
