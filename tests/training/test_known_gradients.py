@@ -30,6 +30,7 @@ def gradients(
 ) -> tuple[Gradients, list[Tensor], list[Any]]:
     """The gradients of a fresh model, and the ids of every forward."""
     scorer, read = Scorer(tiny_model()), []
+    assert scorer.shares_prefix  # measured here, once
     hook = scorer.model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(args[0]))
     given: dict[str, Any] = {"beta": 0.3, "tokenizer": None, "token_budget": None, "share_prefix": True}
     given |= {"settings": {}, "denominator": None, "own_reference": True, "own_rollout": True, **options}
@@ -73,7 +74,12 @@ def test_the_gradient_is_that_of_the_policys_own_scores_as_reference() -> None:
 def test_groups_of_equal_rewards_are_not_read() -> None:
     groups = groups_with_equal_ones()
     result, _, read = gradients(groups)
-    assert sum(len(ids) for ids in read) == 2, "one row for each group with a weight: one group has a single member"
+    taught = [groups[1], groups[5]]  # of two more, one has a single member
+    prompts, own = (
+        (len(group.prompt_ids or []) for group in taught),
+        (one for group in taught for one in group.completions),
+    )
+    assert sum(ids.numel() for ids in read) == sum(prompts) + sum(len(one.token_ids or []) - 1 for one in own)
     scores = result.logps_N.split([group.k for group in groups])
     assert [bool(part.any()) for part in scores] == [False, True, False, False, False, True]
 
