@@ -71,6 +71,25 @@ def test_the_function_of_flex_attention_says_what_the_mask_says(shape: str) -> N
         assert torch.equal(create_mask(sees(found), rows, 1, width, width, device="cpu"), dense_mask(found))
 
 
+def test_lengths_that_differ_much_are_not_padded_to_one_another() -> None:
+    # One long prompt and one long completion among many short ones.
+    prompts, members = [64] + [2] * 20, [[2, 40, 2, 2]] + [[2, 2]] * 20
+    encoded = [
+        EncodedGroup([1] * prompt, [[2] * (length + 1) for length in lengths], [None] * len(lengths))
+        for prompt, lengths in zip(prompts, members, strict=True)
+    ]
+    (batch,) = plan_batches(encoded, None, True, end_to_end=True)
+    found = build_inputs(encoded, batch, CPU).segments
+    assert found is not None
+    packed = PackedGroups.of(found)
+    tokens = batch.positions - sum(len(lengths) for lengths in members)
+    assert tokens == found.group_BL.numel()
+    assert sum(block.queries_NT.numel() for block in packed.blocks) == tokens
+    assert packed.keys == sum(prompts) + sum(
+        p + n for p, lengths in zip(prompts, members, strict=True) for n in lengths
+    )
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
 @pytest.mark.parametrize("end_to_end", [True, False])

@@ -12,7 +12,7 @@ their attention more than `members` computes (soft caps, sinks, windows, biases,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -136,56 +136,77 @@ def _block_mask(segments: Segments) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedGroups:
-    """Where the tokens of a batch are by group: G groups with at most P tokens of prompt and M completions of T tokens.
+class Block:
+    """N prompts or completions of about one length, of at most T tokens that see at most X.
 
-    places_S: for all S = G * (P + M * T) slots, the flat place in (B, L) of its token; slots of none have some place.
-    slots_BL: for every place its slot, flat. seen: (G * M or 1, 1, T, P + T), True where a completion's token sees one
-    of its prompt or of its own.
+    queries_NT, keys_NX: flat places in (B, L); where there is no token, some place. seen: (N or 1, 1, T, X), True where
+    a query sees a key; None = it sees those up to itself.
     """
 
+    queries_NT: Tensor
+    keys_NX: Tensor
+    seen: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGroups:
+    """The tokens of a batch in blocks. slots_BL: for every flat place, its place in the blocks' queries, end to end."""
+
     segments: Segments
-    prompt_width: int
-    members: int
-    tokens: int
-    places_S: Tensor
+    blocks: list[Block]
     slots_BL: Tensor
-    seen: Tensor
 
     @classmethod
     def of(cls, segments: Segments) -> PackedGroups:
         """Read from the segments, each of which is without gaps."""
         group_N, member_N = segments.group_BL.flatten(), segments.member_BL.flatten()
-        device = group_N.device
-        groups, members = int(group_N.max()) + 1, int(member_N.max())
-        places_N, real_N = torch.arange(len(group_N), device=device), member_N >= 0
-        segment_N = group_N * (members + 1) + member_N.clamp(min=0)
-        counts_GM = segment_N[real_N].bincount(minlength=groups * (members + 1)).view(groups, members + 1)
-        starts_GM = torch.full_like(counts_GM.view(-1), len(group_N))
-        starts_GM = starts_GM.scatter_reduce(0, segment_N[real_N], places_N[real_N], "amin").view_as(counts_GM)
-        prompt_width, tokens = int(counts_GM[:, 0].max()), int(counts_GM[:, 1:].max()) if members else 0
+        first_N = torch.ones_like(group_N, dtype=torch.bool)
+        first_N[1:] = (group_N[1:] != group_N[:-1]) | (member_N[1:] != member_N[:-1])
+        starts = first_N.nonzero().flatten()
+        lengths = torch.diff(starts, append=starts.new_tensor([len(group_N)]))
+        prompt = (0, 0)
+        sizes: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        for start, length, member in zip(starts.tolist(), lengths.tolist(), member_N[starts].tolist(), strict=True):
+            if member == 0:
+                prompt = (start, length)
+            if member >= 0:
+                seen = prompt if member > 0 else (start, 0)
+                # Lengths within a factor of two together: few blocks, and what is padded is less than what is there.
+                sizes.setdefault((seen[1].bit_length(), length.bit_length()), []).append((*seen, start, length))
+        slots_N, blocks, count = torch.zeros_like(group_N), [], 0
+        for of_size in sizes.values():
+            block, filled_NT = _block(torch.tensor(of_size, device=group_N.device))
+            places_S = torch.arange(count, count + filled_NT.numel(), device=group_N.device).view_as(filled_NT)
+            slots_N[block.queries_NT[filled_NT]] = places_S[filled_NT]
+            blocks.append(block)
+            count += filled_NT.numel()
+        return cls(segments, blocks, slots_N)
 
-        def places(segments: slice, width: int) -> tuple[Tensor, Tensor]:
-            """Of so many slots for each segment; and which of them have a token."""
-            at = torch.arange(width, device=device)
-            filled = at < counts_GM[:, segments, None]
-            return (starts_GM[:, segments, None] + at).where(filled, 0).flatten(1), filled.flatten(1)
+    @property
+    def keys(self) -> int:
+        """Of all blocks, prompts once for every completion."""
+        return sum(block.keys_NX.numel() for block in self.blocks)
 
-        prompts_GP, in_prompt_GP = places(slice(0, 1), prompt_width)
-        own_GT, _ = places(slice(1, None), tokens)
 
-        within_N = places_N - starts_GM.flatten()[segment_N]
-        slots_N = torch.where(member_N > 0, prompt_width + (member_N - 1) * tokens, 0) + within_N
-        slots_N = (slots_N + group_N * (prompt_width + members * tokens)).where(real_N, 0)
+def _block(spans_N4: Tensor) -> tuple[Block, Tensor]:
+    """A block, and which of its queries_NT are tokens; from start and length of each prompt and each completion."""
 
-        if bool(in_prompt_GP.all()):
-            in_prompt_GP = in_prompt_GP[:1]
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-        prompts = in_prompt_GP[:, None].expand(-1, tokens, -1)
-        seen = torch.cat([prompts, causal.expand(len(prompts), -1, -1)], -1)
-        seen = seen if len(seen) == 1 else seen.repeat_interleave(members, 0)
-        places_S = torch.cat([prompts_GP, own_GT], 1).flatten()
-        return cls(segments, prompt_width, members, tokens, places_S, slots_N, seen[:, None])
+    def places(starts_N: Tensor, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
+        at = torch.arange(int(lengths_N.max()), device=starts_N.device)
+        filled = at < lengths_N[:, None]
+        return (starts_N[:, None] + at).where(filled, 0), filled
+
+    prompts_NP, in_prompt_NP = places(*spans_N4[:, :2].T)
+    own_NT, filled_NT = places(*spans_N4[:, 2:].T)
+    if prompts_NP.shape[1] == 0:
+        return Block(own_NT, own_NT, None), filled_NT
+    if bool(in_prompt_NP.all()):
+        in_prompt_NP = in_prompt_NP[:1]
+    tokens = own_NT.shape[1]
+    causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=own_NT.device).tril()
+    in_prompt_NTP = in_prompt_NP[:, None].expand(-1, tokens, -1)
+    seen_NTX = torch.cat([in_prompt_NTP, causal_TT.expand(len(in_prompt_NP), -1, -1)], -1)
+    return Block(own_NT, torch.cat([prompts_NP, own_NT], 1), seen_NTX[:, None]), filled_NT
 
 
 def _attend(
@@ -222,44 +243,35 @@ def attend_by_members(query: Tensor, key: Tensor, value: Tensor, groups: PackedG
 
     On CPUs in float32 at least: with so few queries at a time bfloat16 is slower there.
     """
-    dtype, rows = query.dtype, len(query)
+    dtype, (rows, _, width, _) = query.dtype, query.shape
     if query.device.type == "cpu":
         query, key, value = (states.to(torch.promote_types(dtype, torch.float32)) for states in (query, key, value))
-    keys = groups.seen.shape[-1] * groups.members
-    if torch.is_grad_enabled() and keys > _COPIES * (groups.prompt_width + groups.members * groups.tokens):
-        both = checkpoint(_by_group, query, key, value, groups, scale, use_reentrant=False, preserve_rng_state=False)
+    given = (query, key, value, groups.blocks, scale)
+    if torch.is_grad_enabled() and groups.keys > _COPIES * rows * width:
+        out = checkpoint(_by_blocks, *given, use_reentrant=False, preserve_rng_state=False)
     else:
-        both = _by_group(query, key, value, groups, scale)
-    return both.index_select(0, groups.slots_BL).unflatten(0, (rows, -1)).to(dtype)  # pyright: ignore
+        out = _by_blocks(*given)
+    return out.index_select(0, groups.slots_BL).unflatten(0, (rows, width)).to(dtype)  # pyright: ignore
 
 
-def _by_group(query: Tensor, key: Tensor, value: Tensor, groups: PackedGroups, scale: float) -> Tensor:
-    """Attention in every slot, (S, heads, D)."""
-    prompt, members = groups.prompt_width, groups.members
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
+    """Attention of all blocks' queries, (places, heads, D)."""
 
-    def by_group(states_BHLD: Tensor) -> Tensor:
-        """(G, H, P + M * T, D)."""
-        slots = states_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, groups.places_S)
-        return slots.unflatten(0, (-1, prompt + members * groups.tokens)).transpose(1, 2)
+    def take(states_BHLD: Tensor, places_NT: Tensor) -> Tensor:
+        """(N, H, T, D)."""
+        flat = states_BHLD.transpose(1, 2).flatten(0, 1)
+        return flat.index_select(0, places_NT.flatten()).unflatten(0, places_NT.shape).transpose(1, 2)
 
-    def own(states_GHSD: Tensor) -> Tensor:
-        """(G * M, H, T, D)."""
-        return states_GHSD[:, :, prompt:].unflatten(2, (members, -1)).transpose(1, 2).flatten(0, 1)
-
-    def behind_prompt(states_GHSD: Tensor) -> Tensor:
-        """(G * M, H, P + T, D)."""
-        prompts = states_GHSD[:, None, :, :prompt].expand(-1, members, -1, -1, -1).flatten(0, 1)
-        return torch.cat([prompts, own(states_GHSD)], 2)
-
-    gqa = query.shape[1] != key.shape[1]
-    query, key, value = map(by_group, (query, key, value))
-    of_prompts = (states[:, :, :prompt] for states in (query, key, value))
-    out = scaled_dot_product_attention(*of_prompts, is_causal=True, scale=scale, enable_gqa=gqa)  # pyright: ignore
-    out = out.transpose(1, 2)
-    if groups.tokens:
-        of_members = scaled_dot_product_attention(
-            own(query), behind_prompt(key), behind_prompt(value), attn_mask=groups.seen, scale=scale, enable_gqa=gqa
+    outs = [
+        scaled_dot_product_attention(
+            take(query, block.queries_NT),
+            take(key, block.keys_NX),
+            take(value, block.keys_NX),
+            attn_mask=block.seen,
+            is_causal=block.seen is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-        of_members = of_members.unflatten(0, (-1, members)).permute(0, 1, 3, 2, 4).flatten(1, 2)
-        out = torch.cat([out, of_members], 1)
-    return out.flatten(0, 1)
+        for block in blocks
+    ]
+    return torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outs])
