@@ -22,6 +22,8 @@ BETA = 0.1
 ONE_GROUP = 4 * LONGEST
 """A budget that holds any one group, a row a completion, and not two of the larger ones."""
 BUDGETS = [None, 10_000, ONE_GROUP, 2 * LONGEST, LONGEST]
+WAYS = {"eager": "mask", "sdpa": "members"}
+"""Attention, and the way in which packed groups then attend."""
 
 
 def stale_groups() -> list[Group]:
@@ -84,6 +86,9 @@ def apart(ours: Tensor, plain: Tensor) -> float:
 
 
 class TestExactGradient:
+    def test_both_ways_to_attend_are_tried(self) -> None:
+        assert {attention: Scorer(tiny(attention=attention)).way for attention in WAYS} == WAYS
+
     def test_the_reference_is_far_away(self) -> None:
         groups = stale_groups()
         logps = plain_logprobs(tiny(), groups).tolist()
@@ -92,15 +97,17 @@ class TestExactGradient:
 
     @pytest.mark.parametrize("share_prefix", [True, False])
     @pytest.mark.parametrize("budget", BUDGETS)
+    @pytest.mark.parametrize("attention", WAYS)
     @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
-    def test_every_split(self, architecture: str, budget: int | None, share_prefix: bool) -> None:
-        model, groups = tiny(architecture), stale_groups()
+    def test_every_split(self, architecture: str, attention: str, budget: int | None, share_prefix: bool) -> None:
+        model, groups = tiny(architecture, attention=attention), stale_groups()
         accumulate_gradients(model, groups, beta=BETA, token_budget=budget, share_prefix=share_prefix)
         assert apart(gradient(model), plain_gradient(model, groups)) < 1e-5
 
+    @pytest.mark.parametrize("attention", WAYS)
     @pytest.mark.parametrize("budget", range(LONGEST, 5 * LONGEST, 7))
-    def test_budgets_between(self, budget: int) -> None:
-        model, groups = tiny(), stale_groups()
+    def test_budgets_between(self, budget: int, attention: str) -> None:
+        model, groups = tiny(attention=attention), stale_groups()
         accumulate_gradients(model, groups, beta=BETA, token_budget=budget)
         assert apart(gradient(model), plain_gradient(model, groups)) < 1e-5
 
