@@ -108,8 +108,10 @@ OURS: dict[str, dict[str, Any]] = {
     "float32": {"rollout_dtype": "float32"},
     "float32, bf16 rollouts": {"rollout_dtype": "bfloat16"},
     "bf16": {"bf16": True},
+    "float32, 256 positions": {"rollout_dtype": "float32", "token_budget": 256},
+    "bf16, 512 positions": {"bf16": True, "token_budget": 512},
 }
-"""This trainer's settings. Weights and optimizer state are float32 in all of them."""
+"""This trainer's settings, the last two for little memory. Weights and optimizer state are float32 in all of them."""
 
 PLAIN = ("float32", "bf16")
 """The plain loop's: bf16 is autocast around both generation and forward."""

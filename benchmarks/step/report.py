@@ -135,13 +135,13 @@ def precision_of(system: str, setting: str) -> str:
     """What TRL's best is compared in. Rollouts alone in bf16 count as float32: weights and gradients are."""
     if system == "trl":
         return TRL[setting].precision
-    return "bf16" if setting == "bf16" else "float32"
+    return "bf16" if setting.split(",")[0] == "bf16" else "float32"
 
 
 def limit_seconds(rows: list[Row], case: Case, setting: str) -> float | None:
     """Seconds of a step's operations at the highest peaks that were measured; None while these are not measured."""
-    rollouts = "float32" if setting == "float32" else "bf16"
-    updates = "bf16" if setting == "bf16" else "float32"
+    updates = precision_of("gvpo", setting)
+    rollouts = "bf16" if "bf16" in setting else "float32"
     where = MAIN.name if case.model is None else case.name
     peaks = {
         precision: max(row["operations_per_second"] for row in found)

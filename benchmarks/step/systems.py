@@ -55,10 +55,9 @@ def run_gvpo(case: Case, setting: str, count: int, loaded: Loaded) -> Steps:
         updates_per_rollout=1,
         max_steps=count,
         learning_rate=RATE,
-        token_budget=case.token_budget,
         shuffle_dataset=False,
         disable_tqdm=True,
-        **OURS[setting],
+        **{"token_budget": case.token_budget} | OURS[setting],
     )
 
     trainer = GVPOTrainer(model, [{"prompt_ids": ids} for ids in prompts], reward, config=config)
