@@ -214,6 +214,18 @@ class TestTheFastestWay:
         model.model.layers[1].self_attn.config = type(model.config)()
         assert fastest_way(model, "sdpa", CPU) == "mask"
 
+    def test_a_model_that_does_not_hand_on_what_it_is_given_masks(self) -> None:
+        model = tiny("llama", attention="sdpa")
+        forward = model.model.forward
+
+        def dropping(input_ids: Any = None, position_ids: Any = None, packed_groups: Any = None, **others: Any) -> Any:
+            return forward(input_ids=input_ids, position_ids=position_ids, **others)
+
+        model.model.forward = dropping
+        assert fastest_way(model, "sdpa", CPU) == "members"
+        assert Scorer(model).way == "mask"
+        assert Scorer(model).shares_prefix
+
     def test_what_keeps_flex_attention_away_has_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert packed_attention.flex_obstacle(CPU) == "flex_attention has no backward pass on a CPU"
         monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)

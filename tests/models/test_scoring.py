@@ -191,7 +191,7 @@ class TestSharedPrompts:
     def test_an_attention_that_takes_no_mask_of_ours(self) -> None:
         scorer = Scorer(tiny())
         scorer.attention = "flash_attention_2"
-        assert not scoring._may_share(scorer)
+        assert not scorer.shares_prefix
 
     def test_a_model_that_ignores_the_mask_is_found_out(self) -> None:
         class Unmasked(LlamaForCausalLM):

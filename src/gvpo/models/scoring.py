@@ -62,10 +62,11 @@ class Scorer(nn.Module):
 
     @property
     def way(self) -> Way:
-        """How packed groups attend on the device where the model is now."""
+        """How packed groups attend on the device where the model is now: the fastest that gives what it must."""
         if self._way is not None:
             return self._way
-        return fastest_way(causal_lm(self.model), self.attention, next(self.model.parameters()).device)
+        fastest = fastest_way(causal_lm(self.model), self.attention, next(self.model.parameters()).device)
+        return fastest if fastest == "mask" or _shares(self, fastest) else "mask"
 
     @property
     def shares_prefix(self) -> bool:
@@ -73,7 +74,7 @@ class Scorer(nn.Module):
 
         Measured on first use, and where it has moved to another kind of device, against one row per completion.
         """
-        return _may_share(self)
+        return _shares(self, self.way)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Log-probs of the M scored tokens of a batch, float32 (float64 for a float64 model)."""
@@ -270,12 +271,12 @@ def _check(number: int, group: EncodedGroup, scorer: Scorer) -> None:
             )
 
 
-def _may_share(scorer: Scorer) -> bool:
+def _shares(scorer: Scorer, way: Way) -> bool:
     """Whether a packed group gives the states of separate rows: measured once per model, way and kind of device."""
     known = _sharing[scorer.model]
-    key = (scorer.attention, scorer.way, next(scorer.parameters()).device.type)
+    key = (scorer.attention, way, next(scorer.parameters()).device.type)
     if key not in known:
-        known[key] = _can_be_packed(scorer) and _sharing_is_exact(scorer)
+        known[key] = _can_be_packed(scorer) and _sharing_is_exact(Scorer(scorer.model, way=way))
     return known[key]
 
 
