@@ -235,9 +235,9 @@ class TestTheFastestWay:
 def test_a_model_attends_as_before_after_an_error() -> None:
     model = tiny("llama", attention="sdpa")
     with pytest.raises(KeyError), attending(model, "members", "sdpa"):
-        assert is_attending(model.config, "members", "sdpa")
+        assert is_attending(model, "members", "sdpa")
         with attending(model, "mask", "sdpa"):
             assert model.config._attn_implementation == "sdpa"
-        assert is_attending(model.config, "members", "sdpa")
+        assert is_attending(model, "members", "sdpa")
         raise KeyError
     assert model.config._attn_implementation == "sdpa"

@@ -82,9 +82,9 @@ def attending(causal: Any, way: Way, attention: str) -> Iterator[None]:
         config._attn_implementation = {"": before}
 
 
-def is_attending(config: Any, way: Way, attention: str) -> bool:
-    """Whether a model with this text config attends in this way now."""
-    return config._attn_implementation == _implementation(way, attention)
+def is_attending(causal: Any, way: Way, attention: str) -> bool:
+    """Whether a causal model, whose own implementation of attention is named, attends in this way now."""
+    return causal.config.get_text_config()._attn_implementation == _implementation(way, attention)
 
 
 def _implementation(way: Way, attention: str) -> str:

@@ -105,8 +105,8 @@ class Scorer(nn.Module):
         return attending(causal_lm(self.model), way, self.attention)
 
     def _way_of_this_forward(self) -> Way:
-        way, config = self.way, causal_lm(self.model).config.get_text_config()
-        if torch.is_grad_enabled() and recomputes(self.model) and not is_attending(config, way, self.attention):
+        way, causal = self.way, causal_lm(self.model)
+        if torch.is_grad_enabled() and recomputes(self.model) and not is_attending(causal, way, self.attention):
             # The layers are computed again in a backward pass that comes when the model attends as it always did.
             return "mask"
         return way
@@ -180,9 +180,12 @@ def plan_scoring(
     inner = unwrapped(scorer)
     for number, group in enumerate(encoded):
         _check(number, group, inner)
-    shares = share_prefix and inner.shares_prefix
+    return _plan(inner, encoded, token_budget, share_prefix and inner.shares_prefix)
+
+
+def _plan(scorer: Scorer, encoded: Sequence[EncodedGroup], token_budget: int | None, share: bool) -> list[Batch]:
     # A mask over all groups of a batch would be mostly empty.
-    return plan_batches(encoded, token_budget, shares, end_to_end=shares and inner.way != "mask")
+    return plan_batches(encoded, token_budget, share, end_to_end=share and scorer.way != "mask")
 
 
 def score_plan(
@@ -302,7 +305,7 @@ def _probe_states(scorer: Scorer, share: bool) -> Tensor:
     prompt = [token % scorer.vocabulary for token in (3, 1, 4, 1, 5)]
     completions = [[token % scorer.vocabulary for token in tokens] for tokens in ((9, 2, 6), (5, 3, 5), (8, 9, 7))]
     group = EncodedGroup(prompt, completions, [None, None, None])
-    (batch,) = plan_batches([group], None, share, end_to_end=share and scorer.way != "mask")
+    (batch,) = _plan(scorer, [group], None, share)
     with probing(scorer):
         inputs = build_inputs([group], batch, next(scorer.parameters()).device)
         return scorer.states(inputs).unflatten(0, (3, 3))
