@@ -255,6 +255,18 @@ class TestTheModelIsLeftAlone:
             raise RuntimeError
         assert [module.training for module in model.modules()] == [True, True, False]
 
+    def test_evaluating_runs_compiled_layers_as_they_were_written(self) -> None:
+        def forbidden(graph: Any, inputs: Any) -> Any:
+            raise AssertionError("compiled")
+
+        model = tiny("llama")
+        model.model.layers[1].compile(backend=forbidden)
+        ids = torch.ones(1, 2, dtype=torch.long)
+        with evaluating(model):
+            model(ids)
+        with pytest.raises(Exception, match="compiled"):
+            model(ids)
+
     def test_dropout_in_train_mode_is_the_models_own_and_can_be_switched_off(self) -> None:
         groups = ragged_groups()
         model = tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,28 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-6)
     for name, value in results[0][0].items():
         torch.testing.assert_close(value, results[1][0][name], atol=1e-6, rtol=0)
+
+
+def test_compiled_layers_change_nothing_but_rounding() -> None:
+    results = []
+    for compiled in (False, True):
+        model = tiny_model(num_hidden_layers=2)
+        history = run(model, prompts(), first_token, updates_per_rollout=2, max_steps=4, torch_compile=compiled).history
+        assert [layer._compiled_call_impl is not None for layer in model.model.layers] == [compiled] * 2
+        # The first update after a rollout: scored without a graph, then with one, by the same weights.
+        assert history[0]["log_ratio/std"] == history[2]["log_ratio/std"] == 0
+        results.append([row["grad_norm"] for row in history])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"torch_compile: .*C\+\+ compiler"):
+        run(tiny_model(), prompts(), first_token, torch_compile=True)
+    model = tiny_model()
+    model._no_split_modules = model.model._no_split_modules = None
+    with pytest.raises(UserError, match="LlamaForCausalLM does not name its layers"):
+        run(model, prompts(), first_token, torch_compile=True)
 
 
 def test_dropout_is_switched_off_or_refused() -> None:

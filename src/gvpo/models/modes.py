@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +12,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from gvpo.errors import UserError
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every submodule's own flag is back afterwards, whatever happens."""
-    was_training = [(module, module.training) for module in model.modules()]
+    """Evaluation mode inside the block; every submodule's own flag is back afterwards, whatever happens.
+
+    Layers that were compiled run as they were written: lengths and caches would have them compiled over and over.
+    """
+    before = [(module, module.training, module._compiled_call_impl) for module in model.modules()]
     model.eval()
+    for module, _, compiled in before:
+        if compiled is not None:
+            module._compiled_call_impl = None
     try:
         yield
     finally:
-        for module, training in was_training:
+        for module, training, compiled in before:
             module.training = training
+            if compiled is not None:
+                module._compiled_call_impl = compiled
 
 
 @contextmanager
@@ -53,6 +64,30 @@ def enable_checkpointing(model: Any) -> None:
     # The name of today, and the one of before.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Have torch.compile make the kernels of the model's layers, at their first pass; numbers change by rounding.
+
+    Raises UserError where the model does not name its layers, or no compiler is at hand.
+    """
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise UserError(f"torch_compile: {type(model).__name__} does not name its layers; train without it")
+    device = next(model.parameters()).device
+    if (obstacle := _compile_obstacle(device)) is not None:
+        raise UserError(f"torch_compile: cannot compile for {device.type} here: {obstacle}; train without it")
+    for layer in layers:
+        # Lengths differ from batch to batch.
+        layer.compile(dynamic=True)
+
+
+def _compile_obstacle(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return triton_obstacle()
+    found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
+    return None if found else "no C++ compiler (g++ or clang++)"
 
 
 def recomputes(model: nn.Module) -> bool:

@@ -209,6 +209,7 @@ def _block(spans_N4: Tensor) -> tuple[Block, Tensor]:
     return Block(own_NT, torch.cat([prompts_NP, own_NT], 1), seen_NTX[:, None]), filled_NT
 
 
+@torch.compiler.disable
 def _attend(
     module: Any,
     query: Tensor,

@@ -61,7 +61,6 @@ class TorchSampler:
     def sync(self) -> None:
         """Nothing to do: the model's own weights are read at every call."""
 
-    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -86,7 +85,7 @@ class TorchSampler:
             for index, prompt in enumerate(prompts)
         ]
         shares = can_share(self.model)
-        with evaluating(self.model), self._precision(shares):
+        with evaluating(self.model), _without_graph(shares), self._precision(shares):
             if shares:
                 # A completion's last token is drawn, and not read.
                 reader = make_reader(self.model, self.dtype, max(map(max, limits)) - 1)
@@ -146,6 +145,12 @@ def make_torch_sampler(model: Any, tokenizer: Any | None, rollout_dtype: str) ->
     else:
         dtype = torch.bfloat16 if weight.dtype == torch.float32 and computes_bfloat16(weight.device) else None
     return TorchSampler(model, end_token_ids(model, tokenizer), dtype=dtype)
+
+
+def _without_graph(shares: bool) -> AbstractContextManager[object]:
+    # Tensors of inference mode have less to be kept of each, and may stay nowhere in a model that is trained: a reader
+    # that shares works on a copy.
+    return torch.inference_mode() if shares else torch.no_grad()
 
 
 class Reader(Protocol):
