@@ -57,9 +57,8 @@ class Case:
 
 
 MAIN = Case("main")
-LONG = Case("long", k=16, prompt_tokens=512)
-TRY_LONG = replace(LONG, name="long, 2 prompts", prompts=2)
-"""Where TRL's settings are tried for LONG, one step of which takes many minutes."""
+LONG = Case("long", prompts=2, k=16, prompt_tokens=512)
+"""Few prompts, as every one takes TRL more than a minute; all systems take time in proportion to their number."""
 
 _FEW = Case("", prompts=2, k=4)
 GROWTH: dict[str, list[Case]] = {
@@ -87,7 +86,7 @@ GROWTH = {
     series: [replace(case, name=f"{series} {_VARIED[series](case)}", value=_VARIED[series](case)) for case in cases]
     for series, cases in GROWTH.items()
 }
-CASES = {case.name: case for case in [MAIN, LONG, TRY_LONG, *chain(*GROWTH.values())]}
+CASES = {case.name: case for case in [MAIN, LONG, *chain(*GROWTH.values())]}
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,9 @@ OURS: dict[str, dict[str, Any]] = {
     "bf16, compiled, 2048 positions": {"bf16": True, "torch_compile": True, "token_budget": 2048},
 }
 """This trainer's settings, two for little memory, two for speed. Weights and optimizer state are float32 in all."""
+
+PRECISIONS = ("float32", "float32, bf16 rollouts", "bf16")
+"""Those of them that `long` is measured in."""
 
 PLAIN = ("float32", "bf16")
 """The plain loop's: bf16 is autocast around both generation and forward."""

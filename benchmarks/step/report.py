@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cases import GROWTH, LONG, MAIN, OURS, TRL, TRY_LONG, Case
+from cases import GROWTH, LONG, MAIN, OURS, TRL, Case
 from measure import Shape, operations
 
 from gvpo.lab.style import BLUE, GREY, ORANGE, PALE, panels, save, styled
@@ -30,8 +30,8 @@ def write_report(rows: list[Row], figures: Path) -> None:
         print("no results yet")
         return
     print(machine(rows))
-    for case, tried in ((MAIN, MAIN), (LONG, TRY_LONG)):
-        show(f"`{tried.name}`: TRL's settings, tried", tries_table(rows, tried))
+    for case in (MAIN, LONG):
+        show(f"`{case.name}`: TRL's settings, tried", tries_table(rows, case))
         show(f"`{case.name}`: {describe(case)}", compared_table(rows, case))
     show("The sampler alone, on the work of `main`", sampler_table(rows))
     for series, cases in GROWTH.items():

@@ -4,7 +4,7 @@
     python benchmarks/step/run.py --report [--figures docs/figures]
 
 Same model (SmolLM2-135M), prompts, seeds and completion lengths for all; on the processor alone. `main`: 8 prompts of
-46 tokens, 8 completions each of at most 32; `long`: 8 prompts of 512, 16 completions each. TRL's settings
+46 tokens, 8 completions each of at most 32; `long`: 2 prompts of 512, 16 completions each. TRL's settings
 (micro-batches, dtypes) are tried first, and the fastest of each precision is measured. `sampler`: this
 sampler against `model.generate`. The others are growth series of this trainer. Every measurement is a process of its
 own, and its first step is left out (except of those in `long` that take minutes). One JSON row each is appended to
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cases import GROWTH, LONG, MAIN, OURS, PLAIN, TRL, TRY_LONG, Case, Job
+from cases import GROWTH, LONG, MAIN, OURS, PLAIN, PRECISIONS, TRL, Case, Job
 from measure import in_a_process
 
 COMPARED = {"main": MAIN, "long": LONG}
@@ -73,11 +73,8 @@ def measure_part(part: str, options: argparse.Namespace) -> None:
 
 
 def tries(part: str) -> Iterator[Job]:
-    """TRL's settings. In `long` on fewer prompts, and without a first step: one takes minutes."""
-    if part == "main":
-        yield from (Job(MAIN.name, "trl", name, 1, 1, stage="try") for name in TRL)
-    else:
-        yield from (Job(TRY_LONG.name, "trl", name, 0, 1, stage="try") for name in TRL)
+    """TRL's settings. In `long` without a first step: one takes minutes."""
+    yield from (Job(COMPARED[part].name, "trl", name, part == "main", 1, stage="try") for name in TRL)
 
 
 def compared(part: str, best: dict[str, str], repeat: int, options: argparse.Namespace) -> Iterator[Job]:
@@ -85,7 +82,8 @@ def compared(part: str, best: dict[str, str], repeat: int, options: argparse.Nam
     case = COMPARED[part]
     slow = (0, options.slow_steps) if part == "long" else (1, options.steps)
     yield from (Job(MAIN.name, "peak", setting, 0, 1, repeat) for setting in PLAIN)
-    yield from (Job(case.name, "gvpo", setting, 1, options.steps, repeat) for setting in OURS)
+    ours = OURS if part == "main" else PRECISIONS
+    yield from (Job(case.name, "gvpo", setting, 1, options.steps, repeat) for setting in ours)
     yield from (Job(case.name, "trl", setting, *slow, repeat) for setting in best.values())
     yield from (Job(case.name, "plain", setting, *slow, repeat) for setting in PLAIN)
 
@@ -102,10 +100,9 @@ def growth(part: str, options: argparse.Namespace) -> Iterator[Job]:
 
 def best_settings(case: Case, rows: Iterable[dict[str, Any]]) -> dict[str, str]:
     """TRL's fastest setting of each precision, of those that were tried for this case."""
-    where = TRY_LONG if case is LONG else case
     seconds: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["case"] == where.name and row["system"] == "trl" and row["stage"] == "try":
+        if row["case"] == case.name and row["system"] == "trl" and row["stage"] == "try":
             seconds.setdefault(TRL[row["setting"]].precision, {})[row["setting"]] = step_seconds(row)
     return {precision: min(tried, key=tried.__getitem__) for precision, tried in seconds.items()}
 
