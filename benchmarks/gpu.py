@@ -121,7 +121,7 @@ def build(row: Setting, work: Work) -> Any:
         enable_checkpointing(model)
     if row.compiled:
         for layer in model.model.layers:
-            layer.compile(backend="inductor" if work.device.type == "cuda" else "eager")
+            layer.compile(backend="inductor" if work.device.type == "cuda" else "eager", dynamic=True)
     return model.train()
 
 

@@ -12,10 +12,10 @@ import torch
 
 from gvpo.cli import doctor as doctor_module
 from gvpo.cli.doctor import how_to_install, installed, model_checks, probe_groups, tiny_llama
-from gvpo.cli.facts import device
 from gvpo.cli.main import main
 from gvpo.models import packed_attention, scoring
 from gvpo.models.encoding import encode_groups
+from gvpo.models.modes import run_device
 from gvpo.models.score_checks import Check, own_logprobs, score_checks
 
 
@@ -134,7 +134,7 @@ class TestCommand:
         out = capsys.readouterr().out
         assert "All checks hold." in out and "FAIL" not in out
         assert f"torch          {version('torch')}\n" in out
-        assert "in chunks: no CUDA GPU\n" in out or device().type == "cuda"
+        assert "in chunks: no CUDA GPU\n" in out or run_device().type == "cuda"
 
     def test_a_failed_check_is_exit_code_1(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

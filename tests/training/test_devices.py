@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from gvpo.models.modes import run_device
 
 FAULTS = """
 import resource, torch
@@ -29,3 +32,10 @@ def test_freed_memory_is_used_again() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after < before / 10, "every tensor had its pages mapped anew"
+
+
+@pytest.mark.parametrize(("found", "expected"), [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu"), (None, "cpu")])
+def test_a_run_goes_where_float64_is(monkeypatch: pytest.MonkeyPatch, found: str | None, expected: str) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: found is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(found or "cpu"))
+    assert run_device().type == expected

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gvpo.cli.facts import device, run_facts, show
+from gvpo.cli.facts import run_facts, show
 
 if TYPE_CHECKING:
     import torch
@@ -77,10 +77,11 @@ def model_checks(model: Any, *, must_share: bool) -> list[Check]:
     model: a causal model, moved to the device, in evaluation mode, with float32 weights. must_share: whether it is a
     failure that the model cannot compute a prompt once for a whole group.
     """
+    from gvpo.models.modes import run_device
     from gvpo.models.score_checks import SHARING, Check, score_checks
     from gvpo.models.scoring import Scorer
 
-    scorer = Scorer(model.to(device()))
+    scorer = Scorer(model.to(run_device()))
     checks = score_checks(scorer, probe_groups(scorer.vocabulary))
     if not scorer.shares_prefix:
         checks.append(Check(SHARING, not must_share, "not shared: every completion has its own row"))
@@ -150,8 +151,9 @@ def machine() -> list[tuple[str, str]]:
     import torch
 
     from gvpo.models.head import fused_obstacle
+    from gvpo.models.modes import run_device
 
-    place = device()
+    place = run_device()
     rows = [("device", str(place)), ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")]
     if place.type == "cuda":
         rows[0] = ("device", ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
@@ -168,8 +170,10 @@ def machine() -> list[tuple[str, str]]:
 
 
 def _show_checks(what: str, checks: list[Check]) -> list[Check]:
+    from gvpo.models.modes import run_device
+
     show(
-        f"Scores of {what} on {device()}",
+        f"Scores of {what} on {run_device()}",
         [(check.name, f"{'ok  ' if check.holds else 'FAIL'}  {check.detail}") for check in checks],
     )
     return checks

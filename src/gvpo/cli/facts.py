@@ -10,8 +10,6 @@ from gvpo.errors import UserError
 from gvpo.training.config import RunConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from gvpo.sources.dataset import Row
     from gvpo.training.plan import RunPlan
 
@@ -27,6 +25,7 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
 
     Raises UserError as the trainer would.
     """
+    from gvpo.models.modes import run_device
     from gvpo.training.plan import plan_run, support_gap
 
     check_has_data(run)
@@ -43,20 +42,12 @@ def run_facts(run: RunConfig) -> list[tuple[str, str]]:
         ("model", _found(run.model)),
         ("objective", run.objective),
         ("reference", str(plan.reference)),
-        ("device", str(device())),
+        ("device", str(run_device())),
         ("updates", str(plan.updates)),
         ("prompts per rollout", str(run.groups_per_rollout)),
         ("completions per update", per_update),
         ("run folder", _folder(run.output_dir)),
     ]
-
-
-def device() -> torch.device:
-    """Where a run on this machine goes: the accelerator if there is one, else the CPU."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else accelerator
 
 
 def show(title: str, rows: Sequence[tuple[str, str]]) -> None:

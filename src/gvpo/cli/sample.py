@@ -249,8 +249,8 @@ class _Policy:
             time.sleep(POLL_SECONDS)
 
     def _load(self, *, published: bool) -> None:
-        from gvpo.cli.facts import device
         from gvpo.models.loading import load_model
+        from gvpo.models.modes import run_device
         from gvpo.sampling.published import load_newest
         from gvpo.sampling.sampler import SamplingParams
         from gvpo.sampling.torch_sampler import make_torch_sampler
@@ -259,7 +259,7 @@ class _Policy:
         from gvpo.training.devices import keep_freed_memory
 
         job, c, first = self.job, self.job.config, self._source is None
-        self._source, place = None, device()  # one model in memory at a time
+        self._source, place = None, run_device()  # one model in memory at a time
         if place.type == "cpu":
             keep_freed_memory()
         if published:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +42,13 @@ def probing(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def run_device() -> torch.device:
+    """Where a run on this machine goes: the accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    # MPS has no float64, which losses are taken in.
+    return torch.device("cpu") if found is None or found.type == "mps" else found
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are the processor's own, and so faster than in float32."""
     if device.type == "cuda":
@@ -66,28 +72,42 @@ def enable_checkpointing(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Have torch.compile make the kernels of the model's layers, at their first pass; numbers change by rounding.
+@contextmanager
+def compiled_layers(model: nn.Module, *, enabled: bool = True) -> Iterator[None]:
+    """Inside the block, the model's layers run as torch.compile makes them, at their first pass; but see `evaluating`.
 
-    Raises UserError where the model does not name its layers, or no compiler is at hand.
+    Numbers change by rounding. Raises UserError where the model does not name its layers, or where nothing can be
+    compiled for its device.
     """
+    if not enabled:
+        yield
+        return
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers = [(module, module._compiled_call_impl) for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise UserError(f"torch_compile: {type(model).__name__} does not name its layers; train without it")
-    device = next(model.parameters()).device
-    if (obstacle := _compile_obstacle(device)) is not None:
-        raise UserError(f"torch_compile: cannot compile for {device.type} here: {obstacle}; train without it")
-    for layer in layers:
-        # Lengths differ from batch to batch.
-        layer.compile(dynamic=True)
+    _check_compiler(next(model.parameters()).device)
+    import torch._dynamo.config
+
+    # Layers share their code, and whoever else has it compiled counts towards one limit.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        try:
+            for layer, _ in layers:
+                # Lengths differ from batch to batch.
+                layer.compile(dynamic=True)
+            yield
+        finally:
+            for layer, before in layers:
+                layer._compiled_call_impl = before
 
 
-def _compile_obstacle(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return triton_obstacle()
-    found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-    return None if found else "no C++ compiler (g++ or clang++)"
+def _check_compiler(device: torch.device) -> None:
+    """Compile something: whether a compiler is there says little about whether it works."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as error:
+        said = next((line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
+        raise UserError(f"torch_compile: nothing can be compiled for {device.type} here: {said}") from error
 
 
 def recomputes(model: nn.Module) -> bool:

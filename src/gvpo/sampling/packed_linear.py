@@ -48,9 +48,11 @@ class PackedLinear(nn.Module):
 def _can_pack() -> bool:
     operators: Any = torch.ops.mkldnn
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    names = ("_reorder_linear_weight", "_linear_pointwise")
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     return x86 and torch.backends.mkldnn.is_available() and all(hasattr(operators, name) for name in names)
 
 
 def _is_packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    operators: Any = torch.ops.mkldnn
+    bfloat16 = weight.dtype == torch.bfloat16 and operators._is_mkldnn_bf16_supported()
+    return weight.device.type == "cpu" and (weight.dtype == torch.float32 or bfloat16)

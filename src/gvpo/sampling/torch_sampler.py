@@ -85,7 +85,10 @@ class TorchSampler:
             for index, prompt in enumerate(prompts)
         ]
         shares = can_share(self.model)
-        with evaluating(self.model), _without_graph(shares), self._precision(shares):
+        # Inference mode keeps less of each tensor, and its tensors may stay nowhere in a model that is trained, nor in
+        # the caller's autocast: for a copy of the weights alone.
+        own_copy = shares and self.dtype is not None
+        with torch.inference_mode() if own_copy else torch.no_grad(), evaluating(self.model), self._precision(shares):
             if shares:
                 # A completion's last token is drawn, and not read.
                 reader = make_reader(self.model, self.dtype, max(map(max, limits)) - 1)
@@ -145,12 +148,6 @@ def make_torch_sampler(model: Any, tokenizer: Any | None, rollout_dtype: str) ->
     else:
         dtype = torch.bfloat16 if weight.dtype == torch.float32 and computes_bfloat16(weight.device) else None
     return TorchSampler(model, end_token_ids(model, tokenizer), dtype=dtype)
-
-
-def _without_graph(shares: bool) -> AbstractContextManager[object]:
-    # Tensors of inference mode have less to be kept of each, and may stay nowhere in a model that is trained: a reader
-    # that shares works on a copy.
-    return torch.inference_mode() if shares else torch.no_grad()
 
 
 class Reader(Protocol):

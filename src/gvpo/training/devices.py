@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import platform
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from gvpo.errors import UserError
+from gvpo.models.modes import run_device
 from gvpo.training.config import GVPOConfig
 
 
@@ -21,7 +21,7 @@ def start_accelerate(config: GVPOConfig) -> Accelerator:
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         # Without it, accelerate takes processes on CPUs for one each.
-        cpu=not torch.accelerator.is_available(),
+        cpu=run_device().type == "cpu",
         mixed_precision="bf16" if config.bf16 else "no",
         log_with=[*config.trackers] or None,
         project_dir=config.output_dir,

@@ -17,7 +17,7 @@ from gvpo.errors import UserError
 from gvpo.evaluation.evaluator import answer_greedily, evaluation_metrics
 from gvpo.groups import Group, teaching
 from gvpo.models.loading import load_model
-from gvpo.models.modes import compile_layers, disable_dropout, enable_checkpointing
+from gvpo.models.modes import compiled_layers, disable_dropout, enable_checkpointing
 from gvpo.models.score_checks import score_checks, tolerance
 from gvpo.models.scoring import Scorer, unwrapped
 from gvpo.report.model_card import model_card
@@ -103,8 +103,6 @@ class GVPOTrainer:
 
         scorer = Scorer(self.model)
         self.scorer, self.optimizer = self.accelerator.prepare(scorer, make_optimizer(scorer, config))
-        if config.torch_compile:
-            compile_layers(self.model)
         self.scheduler = make_schedule(self.optimizer.optimizer, config, self.total_updates)
         where: dict[str, Any] = {"storage": config.reference_storage, "folder": config.output_dir}
         self.reference = Reference(plan.reference, self.scorer, **where)
@@ -144,7 +142,7 @@ class GVPOTrainer:
         """
         config, started = self.config, time.perf_counter()
         self.sigterm = Sigterm(config.output_dir is not None, at_once=self.processes.count == 1)
-        with self.sigterm:
+        with self.sigterm, compiled_layers(self.model, enabled=config.torch_compile):
             folder, changed = self._open_folder(resume_from_checkpoint)
             self.scorer.train()
             self.optimizer.zero_grad(set_to_none=True)
