@@ -91,11 +91,15 @@ CASES = {case.name: case for case in [MAIN, LONG, *chain(*GROWTH.values())]}
 
 @dataclass(frozen=True)
 class Trl:
-    """How TRL's trainer is set. weights: their dtype, and then the optimizer state's."""
+    """How TRL's trainer is set. weights: their dtype, and then the optimizer state's. keeps_memory: as this trainer's
+    process does, which TRL's does not by itself.
+    """
 
     weights: str
     autocast: bool
     micro_batch: int
+    compiled: bool = False
+    keeps_memory: bool = False
 
     @property
     def precision(self) -> str:
@@ -121,6 +125,7 @@ PLAIN = ("float32", "bf16")
 """The plain loop's: bf16 is autocast around both generation and forward."""
 
 TRL = {
+    "float32, 2": Trl("float32", False, 2),
     "float32, 4": Trl("float32", False, 4),
     "float32, 8": Trl("float32", False, 8),
     "float32, 16": Trl("float32", False, 16),
@@ -129,6 +134,9 @@ TRL = {
     "bf16 weights, 8": Trl("bfloat16", False, 8),
     "bf16 weights, 16": Trl("bfloat16", False, 16),
     "bf16 weights and autocast, 8": Trl("bfloat16", True, 8),
+    "float32, 4, freed memory kept": Trl("float32", False, 4, keeps_memory=True),
+    "bf16 weights, 8, freed memory kept": Trl("bfloat16", False, 8, keeps_memory=True),
+    "bf16 weights, 8, compiled": Trl("bfloat16", False, 8, compiled=True),
 }
 """TRL's settings, with the completions in one micro-batch."""
 

@@ -86,6 +86,8 @@ def run_trl(case: Case, setting: str, count: int, loaded: Loaded) -> Steps:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     how, completions = TRL[setting], case.prompts * case.k
+    if how.keeps_memory:
+        keep_freed_memory()
     steps: Steps = []
 
     class Timed(GRPOTrainer):
@@ -125,6 +127,7 @@ def run_trl(case: Case, setting: str, count: int, loaded: Loaded) -> Steps:
             output_dir=folder,
             use_cpu=True,
             bf16=how.autocast,
+            torch_compile=how.compiled,
             per_device_train_batch_size=how.micro_batch,
             gradient_accumulation_steps=completions // how.micro_batch,
             gradient_checkpointing=False,
@@ -171,6 +174,7 @@ def run_generate(case: Case, setting: str, count: int, loaded: Loaded) -> Steps:
     """`model.generate` alone, all completions in one batch, on weights of the setting's dtype."""
     from plain import cut, sample
 
+    keep_freed_memory()
     model, tokenizer = make_model(case)
     model = model.to(_dtype(setting))
     _, prompts = make_prompts(case, tokenizer)
