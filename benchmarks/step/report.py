@@ -103,16 +103,19 @@ def tries_table(rows: list[Row], case: Case) -> list[str]:
 
 def compared_table(rows: list[Row], case: Case) -> list[str]:
     """A line for every system and setting."""
-    best = {TRL[row["setting"]].precision: row["setting"] for row in of(rows, case.name, "trl")}
+    theirs: dict[str, list[float]] = {one: seconds(of(rows, case.name, "trl", one)) for one in TRL}
+    theirs = {one: whole for one, whole in theirs.items() if whole}
     lines = []
-    settings = [("gvpo", one) for one in OURS] + [("trl", one) for one in best.values()]
+    settings = [("gvpo", one) for one in OURS] + [("trl", one) for one in theirs]
     for system, setting in [*settings, ("plain", "float32"), ("plain", "bf16")]:
         found = of(rows, case.name, system, setting)
         if not found:
             continue
         whole, precision = seconds(found), precision_of(system, setting)
-        theirs = of(rows, case.name, "trl", best.get(precision)) if precision in best else []
-        limit = limit_seconds(rows, case, setting if system == "gvpo" else precision)
+        best = min((median(one) for name, one in theirs.items() if TRL[name].precision == precision), default=None)
+        counted = setting if system == "gvpo" else precision
+        limits = [limit_seconds(rows, case, counted, row["repeat"]) for row in found]
+        times = [step / limit for step, limit in zip(whole, limits, strict=True) if limit]
         lines.append(
             [
                 {"gvpo": "this trainer", "trl": "TRL", "plain": "plain loop"}[system],
@@ -121,9 +124,9 @@ def compared_table(rows: list[Row], case: Case) -> list[str]:
                 spread(whole),
                 f"{case.completion_tokens / median(whole):.1f}",
                 gigabytes(found),
-                f"{median(seconds(theirs)) / median(whole):.2f}" if theirs else "",
-                f"{median(whole) / limit:.2f}" if limit else "",
-                f"{limit / median(whole):.0%}" if limit else "",
+                f"{best / median(whole):.2f}" if best else "",
+                spread(times) if times else "",
+                f"{1 / median(times):.0%}" if times else "",
             ]
         )
     columns = ["system", "setting", "sampling, s", "scoring, s", "update, s", "step, s", "completion tokens/s"]
@@ -138,21 +141,17 @@ def precision_of(system: str, setting: str) -> str:
     return "bf16" if setting.split(",")[0] == "bf16" else "float32"
 
 
-def limit_seconds(rows: list[Row], case: Case, setting: str) -> float | None:
-    """Seconds of a step's operations at the highest peaks that were measured; None while these are not measured."""
+def limit_seconds(rows: list[Row], case: Case, setting: str, repeat: int = 0) -> float | None:
+    """Seconds of a step's operations at the peaks of this repeat; None where these were not measured."""
     updates = precision_of("gvpo", setting)
     rollouts = "bf16" if "bf16" in setting else "float32"
-    where = MAIN.name if case.model is None else case.name
-    peaks = {
-        precision: max(row["operations_per_second"] for row in found)
-        for precision in (rollouts, updates)
-        if (found := of(rows, where, "peak", precision))
-    }
-    if len(peaks) < len({rollouts, updates}):
+    where = case.name if of(rows, case.name, "peak") else MAIN.name
+    peaks = {row["setting"]: row for row in of(rows, where, "peak") if row["repeat"] == repeat}
+    if not {rollouts, updates} <= peaks.keys():
         return None
-    shape = next(row["shape"] for row in rows if row["system"] == "peak" and row["case"] == where)
-    work = operations(Shape(**shape), case)
-    return work["generation"] / peaks[rollouts] + work["training"] / peaks[updates]
+    work = operations(Shape(**peaks[updates]["shape"]), case)
+    at = {precision: row["operations_per_second"] for precision, row in peaks.items()}
+    return work["generation"] / at[rollouts] + work["training"] / at[updates]
 
 
 def sampler_table(rows: list[Row]) -> list[str]:

@@ -77,14 +77,14 @@ def tries(part: str) -> Iterator[Job]:
     yield from (Job(COMPARED[part].name, "trl", name, part == "main", 1, stage="try") for name in TRL)
 
 
-def compared(part: str, best: dict[str, str], repeat: int, options: argparse.Namespace) -> Iterator[Job]:
+def compared(part: str, best: list[str], repeat: int, options: argparse.Namespace) -> Iterator[Job]:
     """One repeat: the machine's peak, then every system, each in all its precisions."""
     case = COMPARED[part]
     slow = (0, options.slow_steps) if part == "long" else (1, options.steps)
-    yield from (Job(MAIN.name, "peak", setting, 0, 1, repeat) for setting in PLAIN)
+    yield from (Job(case.name, "peak", setting, 0, 1, repeat) for setting in PLAIN)
     ours = OURS if part == "main" else PRECISIONS
     yield from (Job(case.name, "gvpo", setting, 1, options.steps, repeat) for setting in ours)
-    yield from (Job(case.name, "trl", setting, *slow, repeat) for setting in best.values())
+    yield from (Job(case.name, "trl", setting, *slow, repeat) for setting in best)
     yield from (Job(case.name, "plain", setting, *slow, repeat) for setting in PLAIN)
 
 
@@ -98,13 +98,17 @@ def growth(part: str, options: argparse.Namespace) -> Iterator[Job]:
             yield Job(case.name, "trl", "bf16 weights, 8", 1, options.growth_steps)
 
 
-def best_settings(case: Case, rows: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """TRL's fastest setting of each precision, of those that were tried for this case."""
-    seconds: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["case"] == case.name and row["system"] == "trl" and row["stage"] == "try":
-            seconds.setdefault(TRL[row["setting"]].precision, {})[row["setting"]] = step_seconds(row)
-    return {precision: min(tried, key=tried.__getitem__) for precision, tried in seconds.items()}
+def best_settings(case: Case, rows: Iterable[dict[str, Any]]) -> list[str]:
+    """TRL's fastest settings that were tried for this case: of each precision, as it comes and of all."""
+    tried = [row for row in rows if (row["case"], row["system"], row["stage"]) == (case.name, "trl", "try")]
+    fastest = [row["setting"] for row in sorted(tried, key=step_seconds)]
+    as_it_comes = [name for name in fastest if not TRL[name].keeps_memory]
+
+    def first(names: list[str], precision: str) -> list[str]:
+        return [name for name in names if TRL[name].precision == precision][:1]
+
+    found = [name for precision in PLAIN for names in (as_it_comes, fastest) for name in first(names, precision)]
+    return list(dict.fromkeys(found))
 
 
 def step_seconds(row: dict[str, Any], part: str = "whole") -> float:
