@@ -222,15 +222,19 @@ def draw_growth(rows: list[Row], folder: Path) -> None:
             points = [(case, found) for case in GROWTH[series] if (found := of(rows, case.name, "gvpo"))]
             x = [case.value for case, _ in points]
             axis.plot(x, [found[0]["peak_bytes"][0] / 1e9 for _, found in points], marker="o", color=BLUE)
+            axis.set(xlabel=AXES[series], ylim=(0, None))
+            if not x:
+                continue
             axis.set_xscale("log", base=2)
             axis.set_xticks(x, [str(number) for number in x])
-            axis.set(xlabel=AXES[series], ylim=(0, None))
         axes[0].set_ylabel("peak memory, GB")
         save(figure, folder, "step-memory")
 
 
 def logarithmic(axis: Any, x: list[int]) -> None:
     """Both axes by powers of two, marked where there are points."""
+    if not x:
+        return
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(x, [f"{number // 1024}k" if number % 1024 == 0 else str(number) for number in x])
