@@ -63,9 +63,9 @@ LONG = Case("long", prompts=2, k=16, prompt_tokens=512)
 _FEW = Case("", prompts=2, k=4)
 GROWTH: dict[str, list[Case]] = {
     "k": [replace(_FEW, prompt_tokens=128, k=n) for n in (4, 8, 16, 32, 64)],
-    # One sequence must fit the budget.
+    # In both, one sequence must fit the budget.
     "prompt": [replace(_FEW, prompt_tokens=n, token_budget=4096) for n in (32, 128, 512, 1024, 2048)],
-    "completion": [replace(_FEW, max_tokens=n) for n in (32, 128, 512, 1024)],
+    "completion": [replace(_FEW, max_tokens=n, token_budget=2048) for n in (32, 128, 512, 1024)],
     "groups": [replace(_FEW, prompts=n) for n in (2, 4, 8, 16, 32)],
     "vocabulary": [replace(_FEW, k=8, model=Llama(384, 8, n)) for n in (8_192, 32_768, 131_072)],
     "size": [replace(_FEW, k=8, model=Llama(hidden, layers, 16_384)) for hidden, layers in ((384, 8), (960, 12))],
