@@ -58,7 +58,7 @@ class Case:
 
 MAIN = Case("main")
 LONG = Case("long", prompts=2, k=16, prompt_tokens=512)
-"""Few prompts, as every one takes TRL more than a minute; all systems take time in proportion to their number."""
+"""Few prompts, as every one takes TRL more than a minute."""
 
 _FEW = Case("", prompts=2, k=4)
 GROWTH: dict[str, list[Case]] = {

@@ -103,8 +103,7 @@ def tries_table(rows: list[Row], case: Case) -> list[str]:
 
 def compared_table(rows: list[Row], case: Case) -> list[str]:
     """A line for every system and setting."""
-    theirs: dict[str, list[float]] = {one: seconds(of(rows, case.name, "trl", one)) for one in TRL}
-    theirs = {one: whole for one, whole in theirs.items() if whole}
+    theirs = {one: seconds(found) for one in TRL if (found := of(rows, case.name, "trl", one))}
     lines = []
     settings = [("gvpo", one) for one in OURS] + [("trl", one) for one in theirs]
     for system, setting in [*settings, ("plain", "float32"), ("plain", "bf16")]:
