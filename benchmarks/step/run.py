@@ -6,10 +6,10 @@
 Same model (SmolLM2-135M), prompts, seeds and completion lengths for all; on the processor alone. `main`: 8 prompts of
 46 tokens, 8 completions each of at most 32; `long`: 2 prompts of 512, 16 completions each. TRL's settings
 (micro-batches, dtypes) are tried first, and the fastest of each precision is measured, as TRL comes and of all.
-`sampler`: this sampler against `model.generate`. The others are growth series of this trainer. Every measurement is a process of its
-own, and its first step is left out (except of those in `long` that take minutes). One JSON row each is appended to
-OUT/results.jsonl; one that is there is not made again, so an interrupted command is given once more. Needs the extras
-`gguf` and `dev`.
+`sampler`: this sampler against `model.generate`. The others are growth series of this trainer. Every measurement is a
+process of its own, and its first step is left out (except of those in `long` that take minutes). One JSON row each is
+appended to OUT/results.jsonl; one that is there is not made again, so an interrupted command is given once more. Needs
+the extras `gguf` and `dev`.
 """
 
 from __future__ import annotations
