@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cases import GROWTH, LONG, MAIN, OURS, PLAIN, PRECISIONS, TRL, Case, Job
+from cases import GROWTH, LONG, MAIN, OURS, PLAIN, PRECISIONS, SLOW_TRL, TRL, Case, Job
 from measure import in_a_process
 
 COMPARED = {"main": MAIN, "long": LONG}
@@ -73,8 +73,9 @@ def measure_part(part: str, options: argparse.Namespace) -> None:
 
 
 def tries(part: str) -> Iterator[Job]:
-    """TRL's settings. In `long` without a first step: one takes minutes."""
-    yield from (Job(COMPARED[part].name, "trl", name, int(part == "main"), 1, stage="try") for name in TRL)
+    """TRL's settings. In `long` without a first step, as one takes minutes, nor the slowest of `main`."""
+    first, left_out = (0, SLOW_TRL) if part == "long" else (1, ())
+    yield from (Job(COMPARED[part].name, "trl", name, first, 1, stage="try") for name in TRL if name not in left_out)
 
 
 def compared(part: str, best: list[str], repeat: int, options: argparse.Namespace) -> Iterator[Job]:
