@@ -135,6 +135,7 @@ TRL = {
     "bf16 weights, 16": Trl("bfloat16", False, 16),
     "bf16 weights and autocast, 8": Trl("bfloat16", True, 8),
     "float32, 4, freed memory kept": Trl("float32", False, 4, keeps_memory=True),
+    "bf16 weights, 4, freed memory kept": Trl("bfloat16", False, 4, keeps_memory=True),
     "bf16 weights, 8, freed memory kept": Trl("bfloat16", False, 8, keeps_memory=True),
     "bf16 weights, 8, compiled": Trl("bfloat16", False, 8, compiled=True),
 }

@@ -144,8 +144,8 @@ class GVPOConfig(BaseModel):
     bf16: bool = Field(False, description="bfloat16 autocast over float32 weights.")
     torch_compile: bool = Field(
         False,
-        description="Compile the model's layers, for scores and updates: a few percent faster on CPUs, after a first "
-        "update that takes longer.",
+        description="Compile the model's layers, for scores and updates: on CPUs hardly faster, after a first update "
+        "that takes longer.",
     )
     disable_dropout: bool = Field(True, description="Set every dropout rate to 0: scoring twice must give the same.")
 
