@@ -3,7 +3,7 @@
     python benchmarks/step/run.py [--only main k prompt] [--steps 5] [--repeats 3] [--out runs/benchmarks/step]
     python benchmarks/step/run.py --report [--figures docs/figures]
 
-Same model (SmolLM2-135M), prompts, seeds and completion lengths for all; on the processor alone. `main`: 8 prompts of
+Same model (SmolLM2-135M), prompts and completion lengths for all; on the processor alone. `main`: 8 prompts of
 46 tokens, 8 completions each of at most 32; `long`: 2 prompts of 512, 16 completions each. TRL's settings
 (micro-batches, dtypes) are tried first, and the fastest of each precision is measured, as TRL comes and of all.
 `sampler`: this sampler against `model.generate`. The others are growth series of this trainer. Every measurement is a
