@@ -14,6 +14,7 @@ from torch import Tensor
 from gvpo.objective.ablations import gvpo_no_cov_loss, gvpo_no_cov_var_loss, gvpo_no_var_loss
 from gvpo.objective.dpo import dpo_loss
 from gvpo.objective.dr_grpo import dr_grpo_loss
+from gvpo.objective.fit import fit_metrics
 from gvpo.objective.grpo import grpo_loss
 from gvpo.objective.gvpo import gvpo_components, gvpo_loss, gvpo_weights
 from gvpo.objective.ipo import ipo_loss
@@ -21,6 +22,7 @@ from gvpo.objective.kimi_pmd import kimi_pmd_loss
 from gvpo.objective.rebel import rebel_loss
 from gvpo.objective.reinforce import reinforce_loss
 from gvpo.objective.rloo import rloo_loss
+from gvpo.objective.rows import Rows, row_slopes
 
 
 class Objective(NamedTuple):
@@ -62,8 +64,10 @@ OBJECTIVES = {
 __all__ = [
     "OBJECTIVES",
     "Objective",
+    "Rows",
     "dpo_loss",
     "dr_grpo_loss",
+    "fit_metrics",
     "grpo_loss",
     "gvpo_components",
     "gvpo_loss",
@@ -76,4 +80,5 @@ __all__ = [
     "rebel_loss",
     "reinforce_loss",
     "rloo_loss",
+    "row_slopes",
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev, variance
+from statistics import fmean, pstdev
 
 import torch
 from torch import Tensor
 
 from gvpo.groups import Group
-from gvpo.objective import gvpo_components
+from gvpo.objective import fit_metrics
 from gvpo.rewards.fill import function_rewards
 from gvpo.training.targets import member_weights
 
@@ -62,17 +62,13 @@ def update_metrics(members: Sequence[Member], beta: float, dropped: int = 0) -> 
     """One update's row: rewards, the objective's terms, log-ratios, completions.
 
     members: those that are trained on, in groups of two and more; dropped: how many others there were.
-    Means over members are plain; a quantity that no member has is left out. log_ratio: log pi/pi_ref, nats.
-    r2: share of the centred rewards' variance that the centred implicit rewards explain (1 at the optimum).
-    reward_var, residual_var: of rewards, and of rewards less implicit rewards, within groups, Bessel-corrected.
+    Means over members are plain; a quantity that no member has is left out. The regression's are `fit_metrics`.
     """
     row: dict[str, float] = {"members/dropped": float(dropped)}
     if not members:
         return row
     groups = by_group(members)
-    row |= (
-        _reward_metrics(members, groups) | _objective_metrics(members, groups, beta) | _residual_metrics(groups, beta)
-    )
+    row |= _reward_metrics(members, groups) | fit_metrics(*_tensors(members), beta=beta)
     lengths = [member.tokens for member in members]
     row["completions/mean_length"] = fmean(lengths)
     row["completions/max_length"] = max(lengths)
@@ -123,7 +119,6 @@ def _reward_metrics(members: Sequence[Member], groups: Sequence[Sequence[Member]
         "reward_min": min(value for group in rewards for value in group),
         "reward_max": max(value for group in rewards for value in group),
         "reward_std": fmean(pstdev(group) for group in rewards),
-        "reward_var": fmean(variance(group) for group in rewards),
         "frac_reward_zero_std": fmean(max(group) == min(group) for group in rewards),
         "groups": float(len(rewards)),
     }
@@ -131,39 +126,3 @@ def _reward_metrics(members: Sequence[Member], groups: Sequence[Sequence[Member]
         values = [member.by_function[name] for member in members if name in member.by_function]
         row[f"rewards/{name}/mean"] = fmean(values)
     return row
-
-
-def _objective_metrics(members: Sequence[Member], groups: Sequence[Sequence[Member]], beta: float) -> dict[str, float]:
-    logps, refs, rewards, ids = _tensors(members)
-    # Without a KL term there is no implicit reward: what is left of the components does not depend on beta.
-    terms = gvpo_components(logps, refs, rewards, ids, beta=beta or 1.0)
-    row = {name: float(value) for name, value in terms.items() if beta or name != "constant"}
-    ratios = [member.logp - member.ref_logp for member in members]
-    row["log_ratio/mean"], row["log_ratio/std"] = fmean(ratios), pstdev(ratios)
-    row["log_ratio/max"] = max(abs(ratio) for ratio in ratios)
-    explained = _explained(groups, beta) if beta else None
-    return row if explained is None else row | {"r2": explained}
-
-
-def _residual_metrics(groups: Sequence[Sequence[Member]], beta: float) -> dict[str, float]:
-    residuals = [[member.reward - beta * (member.logp - member.ref_logp) for member in group] for group in groups]
-    return {
-        "residual_var": fmean(variance(group) for group in residuals),
-        "log_ratio/group_std": fmean(pstdev(member.logp - member.ref_logp for member in group) for group in groups),
-    }
-
-
-def _explained(groups: Sequence[Sequence[Member]], beta: float) -> float | None:
-    residual = total = 0.0
-    differ = False
-    for group in groups:
-        rewards = [member.reward for member in group]
-        differ |= max(rewards) != min(rewards)
-        implicit = [beta * (member.logp - member.ref_logp) for member in group]
-        mean_reward, mean_implicit = fmean(rewards), fmean(implicit)
-        total += sum((reward - mean_reward) ** 2 for reward in rewards)
-        residual += sum(
-            (value - mean_implicit - reward + mean_reward) ** 2 for value, reward in zip(implicit, rewards, strict=True)
-        )
-    # Equal rewards may leave a rounding error of variance: no ground to divide by.
-    return 1 - residual / total if differ and total > 0 else None
