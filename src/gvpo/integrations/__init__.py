@@ -1,0 +1,1 @@
+"""The objective inside other trainers: thin adapters over `gvpo.objective`."""
