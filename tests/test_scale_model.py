@@ -166,3 +166,12 @@ def test_it_prints_its_tables(cost: ModuleType, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert printed.count("###") == 10
     assert "nan" not in printed and "inf" not in printed
+
+
+def test_the_docs_have_the_tables_that_are_printed(cost: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    cost.main()
+    printed = capsys.readouterr().out.split("| name | value | why |")
+    docs = (FOLDER.parents[1] / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in printed[1].splitlines() if line.startswith("|")]
+    assert len(rows) > 80
+    assert not [row for row in rows if row not in docs]

@@ -157,9 +157,7 @@ class Assumptions:
     driver_row: float = _assumed(45e-6, "s, a row on the driver: what a step of [log] leaves beside its phases")
     order_row: float = _assumed(1e-5, "s, a row, for group_order on the driver [measure.py]")
     slopes_row: float = _assumed(5e-7, "s, a row of the batch, for the slopes of a mini-batch [measure.py]")
-    own_row: float = _assumed(
-        2.3e-4, "s, a row of a GPU's own, copies and sums of a step, on one CPU core [measure.py]"
-    )
+    own_row: float = _assumed(3e-5, "s, a row of a GPU's own, copies and sums of a step, on one CPU core [measure.py]")
     table_columns: float = _assumed(5, "int64 a row, once: group, member, reward, reference log-prob, live")
     logit_bytes: float = _assumed(4, "a logit: bf16, and its gradient")
     spread: float = _assumed(1.25, "tokens of the largest micro-batch over the mean; assumed")

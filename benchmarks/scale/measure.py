@@ -38,8 +38,8 @@ ORDERS = [(4, 1), (4, 2), (8, 1), (8, 2), (4, 64), (64, 64)]
 
 
 def load(name: str) -> ModuleType:
-    """A file of tests/verl_plugin as a module. A call of main in its last line is not wanted here."""
-    source = (TESTS / f"{name}.py").read_text(encoding="utf-8").removesuffix("\nmain()\n")
+    """A file of tests/verl_plugin as a module."""
+    source = (TESTS / f"{name}.py").read_text(encoding="utf-8")
     module = ModuleType(name)
     module.__file__ = str(TESTS / f"{name}.py")
     exec(compile(source, module.__file__, "exec"), module.__dict__)
@@ -70,6 +70,7 @@ def make_rows(groups: int, k: int, prompt: int, completion: int) -> list[dict[st
             "answer": torch.randint(2, 73, (completion,), generator=numbers),
             "reward": float(torch.rand((), generator=numbers)),
             "old": -4 + torch.randn(completion, generator=numbers),
+            "ref": -4 + torch.randn(completion, generator=numbers),
             "mask": torch.ones(completion, dtype=torch.long),
         }
         for group in range(groups)

@@ -5,8 +5,8 @@
 # varies in [0.01, 0.5]. Batch, rate, lengths and epochs are not in it: those of the authors' script.
 #
 # Estimate, docs/scale.md, completions of 600 tokens on average:
-#   2 x H100 80 GB: 24 GB a GPU in updates, 60 GB in rollouts; 220 s a step; 105 steps, 6.4 h
-#   2 x A100 80 GB: the same memory; 438 s a step; 12.8 h
+#   2 x H100 80 GB: 24 GB a GPU in updates, 60 GB in rollouts; 219 s a step; 105 steps, 6.4 h
+#   2 x A100 80 GB: the same memory; 437 s a step; 12.7 h
 #
 #   recipes/verl/qwen2.5-math-1.5b-math.sh --dry-run
 options=(

@@ -8,7 +8,7 @@
 # Estimate, docs/scale.md, completions of 400 tokens on average:
 #   2 x H100 80 GB: needs both offloads (74 GB a GPU in updates, 97 GB in rollouts without); 310 s a step; 210 steps,
 #   18.1 h. The script has them off: on GPUs of 141 GB add ...param_offload=False ...optimizer_offload=False
-#   2 x A100 80 GB: the same memory; 657 s a step; 38.3 h
+#   2 x A100 80 GB: the same memory; 656 s a step; 38.3 h
 #
 #   recipes/verl/qwen2.5-math-7b-gsm8k-math.sh --dry-run
 options=(

@@ -6,7 +6,7 @@
 # are verl's rules for MATH; the paper's verifier is xVerify.
 #
 # Estimate, docs/scale.md, completions of 600 tokens on average:
-#   8 x H100 80 GB: 33 GB a GPU in updates, 62 GB in rollouts; 112 s a step; 105 steps, 3.3 h
+#   8 x H100 80 GB: 33 GB a GPU in updates, 62 GB in rollouts; 111 s a step; 105 steps, 3.3 h
 #   8 x A100 80 GB: the same memory; 235 s a step; 6.9 h
 #
 #   recipes/verl/qwen2.5-math-7b-math.sh --dry-run
