@@ -67,7 +67,9 @@ def make_rows() -> list[dict]:
             parts = case.get("parts", 1) if member == 0 else 1
             reward = float(torch.rand((), generator=numbers))
             for _ in range(parts):
-                answer = tokens(some(2, 12))
+                answer = tokens(some(4, 12))
+                mask = torch.ones(len(answer), dtype=torch.long)
+                mask[1 : 1 + member % 3] = 0  # a tool's tokens
                 rows.append(
                     {
                         "uid": f"group {group}",
@@ -77,7 +79,7 @@ def make_rows() -> list[dict]:
                         "reward": reward,
                         "old": -4 + torch.randn(len(answer), generator=numbers),
                         "ref": -4 + torch.randn(len(answer), generator=numbers),
-                        "mask": torch.ones(len(answer), dtype=torch.long),
+                        "mask": mask,
                     }
                 )
     for number in range(-len(rows) % (ranks * case["mini_batches"] * case["micro_batch"])):
@@ -192,7 +194,7 @@ def plain_steps(rows: list[dict]) -> tuple[list[dict[str, torch.Tensor]], list[f
     def log_ratios(row: dict, reference: str) -> torch.Tensor:
         ids = torch.cat([row["prompt"], row["answer"]])[None]
         logps = model(ids).logits[0].log_softmax(-1)[len(row["prompt"]) - 1 : -1]
-        return logps.gather(-1, row["answer"][:, None])[:, 0].double() - row[reference]
+        return (logps.gather(-1, row["answer"][:, None])[:, 0].double() - row[reference])[row["mask"].bool()]
 
     def log_ratio(row: dict) -> torch.Tensor:
         return log_ratios(row, REFERENCE).sum()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
@@ -63,7 +64,8 @@ def check_run(options: Sequence[str]) -> tuple[DictConfig, list[str]]:
     if uses_gvpo(config):
         check_options(config, legacy=not config.trainer.use_v1)
     try:
-        validate_config(config, need_reference_policy(config), need_critic(config))
+        with warnings.catch_warnings(action="ignore"):  # that there is no critic is what GRPO and GVPO want
+            validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:
         raise UserError(_innermost(error)) from error
     return config, unchecked
