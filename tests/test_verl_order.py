@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gvpo.integrations.verl.order import group_order
+from gvpo.integrations.order import group_order
 
 
 def halves(loads, parts):

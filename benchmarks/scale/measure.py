@@ -141,7 +141,7 @@ def measure_order(k: int, ranks: int) -> float:
     """Seconds of `group_order` for rows in the order in which they were completed."""
     from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
-    from gvpo.integrations.verl.order import group_order
+    from gvpo.integrations.order import group_order
 
     numbers = random.Random(0)
     names = [f"group {group}" for group in range(PROMPTS) for _ in range(k)]

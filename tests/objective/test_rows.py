@@ -94,3 +94,16 @@ def test_a_mini_batch_without_a_group_of_two_teaches_nothing(here):
     slopes, metrics = row_slopes(table, torch.full((2,), here), ratios, BETA)
     assert slopes.tolist() == [0, 0]
     assert metrics == {"loss": 0, "groups": 0, "split_groups": 0}
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [(2, "reward is not finite: nan"), (3, "reference log-prob is not"), (None, "log-ratio is not")],
+)
+def test_what_is_not_finite_is_an_error(column, message):
+    """Never a slope of NaN, which an optimizer skips or spreads."""
+    rows, ratios = make_table([3])
+    values = ratios if column is None else (rows.groups_N, rows.members_N, rows.rewards_N, rows.refs_N)[column]
+    values[1] = torch.nan
+    with pytest.raises(ValueError, match=message):
+        row_slopes(rows, torch.ones(3, dtype=torch.bool), ratios, BETA)

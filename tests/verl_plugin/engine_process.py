@@ -43,6 +43,7 @@ from verl.workers.config import (  # noqa: E402
 )
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
+import gvpo.integrations.verl.worker as worker_module  # noqa: E402
 import gvpo.objective.rows as rows_module  # noqa: E402
 from gvpo.integrations.verl import GVPOPolicyLossConfig  # noqa: E402
 
@@ -87,7 +88,7 @@ def make_rows() -> list[dict]:
         zero = torch.zeros(1)
         rows.append(padding | {"old": zero, "ref": zero, "mask": torch.zeros(1, dtype=torch.long)})
     for row in case.get("rejected", []):
-        rows[row]["mask"] = torch.zeros_like(rows[row]["mask"])
+        rows[row]["drawn"], rows[row]["mask"] = rows[row]["mask"], torch.zeros_like(rows[row]["mask"])
     order = torch.randperm(len(rows), generator=numbers).tolist() if case["scattered"] else range(len(rows))
     return [rows[place] for place in order]
 
@@ -108,7 +109,7 @@ def as_batch(rows: list[dict]) -> TensorDict:
         "input_ids": ids,
         "position_ids": [torch.arange(len(one)) for one in ids],
         "response_mask": [row["mask"] for row in rows],
-        "loss_mask": [row["mask"] for row in rows],
+        "loss_mask": [row.get("drawn", row["mask"]) for row in rows],
         "old_log_probs": [row["old"] for row in rows],
         "ref_log_prob": [row["ref"] for row in rows],
         # What GVPO does not look at.
@@ -118,7 +119,7 @@ def as_batch(rows: list[dict]) -> TensorDict:
     batch = TensorDict({name: ragged(values) for name, values in fields.items()}, batch_size=[len(rows)])
     tu.assign_non_tensor_stack(batch, "uid", [row["uid"] for row in rows])
     tu.assign_non_tensor_stack(batch, "session_id", [row["session_id"] for row in rows])
-    tu.assign_non_tensor(batch, temperature=1.0, calculate_entropy=False)
+    tu.assign_non_tensor(batch, temperature=1.0, calculate_entropy="entropy" in case)
     return batch
 
 
@@ -169,6 +170,7 @@ def make_worker():
         policy_loss=GVPOPolicyLossConfig(loss_mode="gvpo", gvpo_beta=BETA, gvpo_reference=REFERENCE),
         use_kl_loss="kl" in case,
         kl_loss_coef=case.get("kl", 0.0),
+        entropy_coeff=case.get("entropy", 0.0),
         kl_loss_type="mse",
         use_dynamic_bsz=case["dynamic"],
         loss_agg_mode=case.get("loss_agg_mode", "token-mean"),
@@ -177,8 +179,10 @@ def make_worker():
     return worker
 
 
-def plain_steps(rows: list[dict]) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+def plain_steps(rows: list[dict], shuffled: list[set[int]]) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
     """Gradients and losses of the same steps, by the definition: whole groups in one graph, those elsewhere detached.
+
+    shuffled: the mini-batches, where verl drew them.
 
     Mini-batch m is made of the m-th slice of every rank's rows. A group that lies in it in part counts as that part.
     """
@@ -187,13 +191,17 @@ def plain_steps(rows: list[dict]) -> tuple[list[dict[str, torch.Tensor]], list[f
     mine, parts = len(rows) // ranks, case["mini_batches"]
     size, losses, gradients = mine // parts, [], []
     groups: dict[str, list[int]] = {}
+    rejected = {(row["uid"], row["session_id"]) for row in rows if "drawn" in row}
     for place, row in enumerate(rows):
-        if row["mask"].any():
+        if row["mask"].any() and (row["uid"], row["session_id"]) not in rejected:
             groups.setdefault(row["uid"], []).append(place)
 
-    def log_ratios(row: dict, reference: str) -> torch.Tensor:
+    def logps_of(row: dict) -> torch.Tensor:
         ids = torch.cat([row["prompt"], row["answer"]])[None]
-        logps = model(ids).logits[0].log_softmax(-1)[len(row["prompt"]) - 1 : -1]
+        return model(ids).logits[0].log_softmax(-1)[len(row["prompt"]) - 1 : -1]
+
+    def log_ratios(row: dict, reference: str) -> torch.Tensor:
+        logps = logps_of(row)
         return (logps.gather(-1, row["answer"][:, None])[:, 0].double() - row[reference])[row["mask"].bool()]
 
     def log_ratio(row: dict) -> torch.Tensor:
@@ -207,6 +215,8 @@ def plain_steps(rows: list[dict]) -> tuple[list[dict[str, torch.Tensor]], list[f
     for _ in range(case["epochs"]):
         for part in range(parts):
             here = {rank * mine + part * size + row for rank in range(ranks) for row in range(size)}
+            if case.get("shuffle"):
+                here = shuffled.pop(0)
             total, count, seen = torch.zeros((), dtype=torch.float64), 0.0, []
             for places in groups.values():
                 members: dict[int, torch.Tensor] = {}
@@ -226,9 +236,13 @@ def plain_steps(rows: list[dict]) -> tuple[list[dict[str, torch.Tensor]], list[f
                 total, count = total + loss, count + inside / len(places)
                 seen.append(float(loss.detach()))
             total = total / count
-            if "kl" in case:  # verl's own term: mean over the mini-batch's tokens
-                own = [log_ratios(rows[place], "ref") for place in sorted(here) if rows[place]["mask"].any()]
-                total = total + case["kl"] * torch.cat(own).square().mean() / 2
+            if "kl" in case:  # verl's own terms: means over the mini-batch's tokens
+                own = [rows[place] for place in sorted(here) if rows[place]["mask"].any()]
+                distances = torch.cat([log_ratios(row, "ref") for row in own]).square() / 2
+                spreads = [
+                    (-logps.exp() * logps).sum(-1)[row["mask"].bool()] for row in own for logps in [logps_of(row)]
+                ]
+                total = total + case["kl"] * distances.mean() - case["entropy"] * torch.cat(spreads).mean()
             optimizer.zero_grad()
             total.backward()
             gradients.append({name: value.grad.clone() for name, value in model.named_parameters()})
@@ -239,11 +253,12 @@ def plain_steps(rows: list[dict]) -> tuple[list[dict[str, torch.Tensor]], list[f
 
 def main() -> None:
     rows = make_rows()
-    wanted, losses = plain_steps(rows)
     mine = len(rows) // ranks
+    wanted, losses = ([], []) if case.get("shuffle") else plain_steps(rows, [])
     worker = make_worker()
     batch = as_batch(rows[rank * mine : (rank + 1) * mine])
-    scored, found = [], []
+    scored, found, batches = [], [], []
+    worker_module.row_slopes = noted(worker_module.row_slopes, batches)
     worker.engine.infer_batch = counted(worker.engine.infer_batch, scored)
     worker.engine.optimizer_step = recorded(worker.engine, found)
     if case.get("on_policy"):
@@ -258,9 +273,11 @@ def main() -> None:
         mini_batch_size=len(rows) // case["mini_batches"],
         epochs=case["epochs"],
         seed=1,
-        dataloader_kwargs={"shuffle": False},
+        dataloader_kwargs={"shuffle": case.get("shuffle", False)},
     )
     metrics = tu.get(worker.train_mini_batch(batch), "metrics")
+    if case.get("shuffle"):
+        wanted, losses = plain_steps(rows, batches)
     pairs = [(one[name], other[name]) for one, other in zip(wanted, found, strict=True) for name in one]
     result = {
         "error": max(float((one - other).abs().max()) for one, other in pairs),
@@ -274,6 +291,16 @@ def main() -> None:
     if rank == 0:
         print("RESULT " + json.dumps(result, default=str))
     torch.distributed.destroy_process_group()
+
+
+def noted(function, batches: list):
+    """The function of a mini-batch's rows, which notes which they are."""
+
+    def call(rows, here_N, *args):
+        batches.append({*here_N.nonzero()[:, 0].tolist()})
+        return function(rows, here_N, *args)
+
+    return call
 
 
 def recorded(engine, gradients: list):

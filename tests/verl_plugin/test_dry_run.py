@@ -59,7 +59,10 @@ def test_there_are_recipes():
         ([*THREE, f"+{ACTOR}.policy_loss.gvpo_reference=new"], "gvpo_reference is 'new'"),
         (["nonsense"], "options are OPTION=VALUE"),
         # What the plug-in refuses, by name.
-        (THREE[:1], "loss_mode=gvpo has no beta"),
+        (THREE[:1], "loss_mode=gvpo needs its own settings: set actor_rollout_ref.actor.policy_loss._target_="),
+        ([*THREE, "skip.rollout_tq.enable=True"], "skip.rollout_tq.enable=True: "),
+        ([*THREE, "algorithm.adv_estimator=gae"], "set algorithm.adv_estimator=grpo"),
+        (["--config-name=ppo_megatron_trainer"], "--config-name=ppo_megatron_trainer: only OPTION=VALUE"),
         ([*THREE, f"+{ACTOR}.policy_loss.gvpo_reference=ref"], f"{ACTOR}.policy_loss.gvpo_reference=ref needs"),
         (
             [*THREE, "algorithm.rollout_correction.rollout_rs=token_k1"],
@@ -67,7 +70,7 @@ def test_there_are_recipes():
         ),
         (
             [*THREE, "algorithm.rollout_correction.bypass_mode=True", "trainer.use_v1=False"],
-            "algorithm.rollout_correction.bypass_mode=True with trainer.use_v1=False",
+            "algorithm.rollout_correction.bypass_mode=True and trainer.use_v1=False",
         ),
         (
             [*THREE, "model_engine=megatron", f"+{ACTOR}.megatron.dynamic_context_parallel=True"],
@@ -91,6 +94,10 @@ def test_what_is_approximate_or_without_effect_is_warned_of(caplog):
     check_run([*GRPO, *THREE, *options])
     said = "\n".join(record.message for record in caplog.records if record.message.startswith("gvpo: "))
     assert "rollout_is" in said and "shuffle" in said and "temperature" in said
+
+
+def test_beta_may_be_left_at_its_default():
+    check_run([*GRPO, *THREE[:2]])
 
 
 def test_other_losses_are_left_alone():

@@ -87,8 +87,20 @@ def test_the_scale_depends_on_neither_micro_batch_nor_loss_agg_mode(train, mode)
     assert train(1, micro_batch=4, loss_agg_mode=mode)["error"] < TOLERANCE
 
 
-def test_verls_own_kl_term_is_added_as_it_is(train):
-    assert train(2, kl=0.5, mini_batches=2)["error"] < TOLERANCE
+def test_a_session_of_which_a_row_is_rejected_leaves_its_group(train):
+    """What is left of it is no completion; rows 0 to 2 are one session's."""
+    assert train(2, parts=3, rejected=[1])["error"] < TOLERANCE
+
+
+def test_rows_that_verl_shuffles_are_found(train):
+    """Each rank draws its own mini-batches; the plain steps take the same."""
+    found = train(2, shuffle=True, dynamic=True, groups=[6, 2, 3, 1, 5], mini_batches=2, epochs=2)
+    assert found["error"] < TOLERANCE
+    assert max(found["split_groups"]) > 0
+
+
+def test_verls_own_kl_and_entropy_terms_are_added_as_they_are(train):
+    assert train(2, kl=0.5, entropy=0.1, mini_batches=2)["error"] < TOLERANCE
 
 
 def test_the_reference_may_be_verls_reference_model(train):
@@ -103,4 +115,5 @@ def test_nothing_is_scored_twice_where_log_ratios_are_zero_by_construction(train
 
     found = train(2, on_policy=True, mini_batches=2, epochs=2, scattered=False)
     assert found["error"] < TOLERANCE
-    assert found["passes"] > 0
+    # None for the first of four; each other has one of its own and, of 4 + 4 + 4 rows in slices of 3, one of others.
+    assert found["passes"] == 6

@@ -62,3 +62,21 @@ omega_conf_to_dataclass(OmegaConf.create({"_target_": target, "gvpo_beta": 0}))
     done = run(environment, code)
     assert done.stdout.split() == ["0.05", "gvpo"]
     assert "gvpo_beta is 0: it must be a number above 0" in done.stderr
+
+
+def test_a_platform_that_is_a_plugin_comes_before_the_engines(environment, tmp_path):
+    """verl's engines ask for the platform when they are imported, and this plug-in imports them."""
+    (tmp_path / "their_platform.py").write_text(
+        "from verl.plugin.platform import platform_manager\n"
+        "import verl_on_cpu\n"
+        "print('engines' if 'verl.workers.engine_workers' in __import__('sys').modules else 'first')\n"
+    )
+    info = tmp_path / "zz_theirs-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zz-theirs\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[verl.plugins]\nzz_theirs = their_platform\n")
+    changes = {"PYTHONPATH": f"{environment['PYTHONPATH']}:{tmp_path}", "VERL_USE_EXTERNAL_MODULES": ""}
+    done = run(
+        environment, "import verl; from verl.utils.device import get_device_name; print(get_device_name())", **changes
+    )
+    assert done.stdout.split() == ["first", "cpu"], done.stderr[-2000:]

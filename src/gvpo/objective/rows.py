@@ -43,10 +43,13 @@ def row_slopes(rows: Rows, here_N: Tensor, ratios_N: Tensor, beta: float) -> tup
     a group that lies only in part in this mini-batch counts as that part of its rows: over mini-batches the parts add
     up to one.
 
-    Raises ValueError where rows of one member have different rewards.
+    Raises ValueError where rows of one member have different rewards, and for numbers that are not finite.
     Source: arXiv 2504.19599, Algorithm 1; a member's rows are parts of its log-prob.
     """
     used_N = rows.of_same_groups(here_N)
+    for name, values_N in (("reward", rows.rewards_N), ("reference log-prob", rows.refs_N), ("log-ratio", ratios_N)):
+        if not values_N[used_N].isfinite().all():
+            raise ValueError(f"a completion's {name} is not finite: {values_N[used_N & ~values_N.isfinite()][0]}")
     here_U = here_N[used_N].double()
     members, member_U = rows.members_N[used_N].unique(return_inverse=True)
 

@@ -4,13 +4,20 @@ plugin   what verl loads: registers the rest
 config   beta, in verl's own configuration
 driver   on the driver: options that cannot be exact are refused, rows ordered so that groups stay whole
 worker   on every actor: the loss, and the worker that makes it exact
-groups   the mathematics between them; imports torch alone
+
+The mathematics is gvpo.objective's, the order that keeps groups whole gvpo.integrations.order.
 """
 
 from importlib.util import find_spec
+from typing import Any
 
-if find_spec("verl") is not None:
-    # Before any module of this folder: verl loads the plug-in while it is imported, and with it all of them.
+if find_spec("verl") is not None:  # before any module here: verl loads the plug-in while it is imported
     import verl  # noqa: F401
 
-    from gvpo.integrations.verl.config import GVPOPolicyLossConfig as GVPOPolicyLossConfig
+
+def __getattr__(name: str) -> Any:
+    if name != "GVPOPolicyLossConfig":
+        raise AttributeError(name)
+    from gvpo.integrations.verl.config import GVPOPolicyLossConfig
+
+    return GVPOPolicyLossConfig

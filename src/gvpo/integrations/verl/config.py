@@ -13,7 +13,7 @@ REFERENCES = {"old": "old_log_probs", "ref": "ref_log_prob"}
 """gvpo_reference: the field of a batch that holds its log-probs."""
 
 NO_BETA = (
-    "loss_mode=gvpo has no beta: set actor_rollout_ref.actor.policy_loss._target_="
+    "loss_mode=gvpo needs its own settings: set actor_rollout_ref.actor.policy_loss._target_="
     "gvpo.integrations.verl.GVPOPolicyLossConfig and +actor_rollout_ref.actor.policy_loss.gvpo_beta=0.1"
 )
 

@@ -5,31 +5,41 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from gvpo.errors import UserError
+from gvpo.integrations.order import group_order
 from gvpo.integrations.verl.config import LOSS, NO_BETA
-from gvpo.integrations.verl.order import group_order
 from gvpo.integrations.verl.worker import RECOMPUTED
 
 _ACTOR, _CORRECTION = "actor_rollout_ref.actor", "algorithm.rollout_correction"
+_BYPASS, _REJECTION, _WEIGHTS = (f"{_CORRECTION}.{name}" for name in ("bypass_mode", "rollout_rs", "rollout_is"))
+REFUSED = {
+    f"{_ACTOR}.megatron.dynamic_context_parallel": (
+        True,
+        "rows are dealt out anew for every micro-batch, and no rank knows a group; set it to False",
+    ),
+    f"{_ACTOR}.veomni.router_replay.mode": (
+        "R2",
+        "a pass that scores would be routed otherwise than the update; set it to disabled",
+    ),
+    "skip.rollout_tq.enable": (True, "a completion that is repeated would pass for a part of itself; set it to False"),
+}
+"""By option, the value that cannot be exact, and why."""
+
 _log = logging.getLogger(__name__)
 
 
 def install() -> None:
     """Wrap verl's trainers; those without GVPO in their configuration are left as they are."""
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-
-    _wrap(RayPPOTrainer, "__init__", functools.partial(_start, True))
-    if find_spec("transfer_queue") is None:  # nor can verl's v1 trainers run without it
-        return
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
     from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 
+    _wrap(RayPPOTrainer, "__init__", functools.partial(_start, True))
     scores = (PPOTrainer._compute_old_log_prob, PPOTrainerSeparateAsync._compute_old_log_prob)
     _wrap(PPOTrainer, "__init__", functools.partial(_start, False))
     _wrap(PPOTrainer, "_balance_batch", _balance)
@@ -42,28 +52,28 @@ def check_options(config: Any, legacy: bool = False) -> None:
     Raises UserError naming the option.
     """
     get = functools.partial(OmegaConf.select, config)
-    bypass, actor = get(f"{_CORRECTION}.bypass_mode"), get(_ACTOR)
-    refused = {
-        NO_BETA: actor.policy_loss.get("gvpo_beta") is None,
-        f"{_ACTOR}.megatron.dynamic_context_parallel=True deals rows out anew for every micro-batch, so that no rank "
-        "knows a group: set it to False": actor.strategy == "megatron"
-        and get(f"{_ACTOR}.megatron.dynamic_context_parallel"),
-        f"{_CORRECTION}.bypass_mode=True with trainer.use_v1=False puts another loss in the place of loss_mode=gvpo: "
-        "set trainer.use_v1=True": legacy and bypass,
-        f"{_CORRECTION}.rollout_rs={get(f'{_CORRECTION}.rollout_rs')} takes single tokens out of a completion, whose "
-        "log-prob is then not the policy's: use a mode of whole sequences (seq_...)": not bypass
-        and "token" in str(get(f"{_CORRECTION}.rollout_rs")),
-        f"{_ACTOR}.policy_loss.gvpo_reference=ref needs the reference's log-probs: set {_ACTOR}.use_kl_loss=True (and "
-        "kl_loss_coef=0 to keep verl's own KL term out)": actor.policy_loss.get("gvpo_reference") == "ref"
-        and not (actor.use_kl_loss or get("algorithm.use_kl_in_reward")),
-        f"{_ACTOR}.veomni.router_replay.mode=R2 routes the scoring pass otherwise than the update: set it to "
-        "disabled": actor.strategy == "veomni" and get(f"{_ACTOR}.veomni.router_replay.mode") == "R2",
-    }
-    for message, holds in refused.items():
-        if holds:
-            raise UserError(message)
-    if get(f"{_CORRECTION}.rollout_is"):
-        _log.warning(f"gvpo: importance weights ({_CORRECTION}.rollout_is) have no part in GVPO: ignored")
+    actor, bypass, rejects = get(_ACTOR), get(_BYPASS), str(get(_REJECTION))
+    if "GVPOPolicyLossConfig" not in str(actor.policy_loss.get("_target_")):
+        raise UserError(NO_BETA)
+    for option, (value, why) in REFUSED.items():
+        if get(option) == value:
+            raise UserError(f"{option}={value}: {why}")
+    if legacy and bypass:
+        raise UserError(f"{_BYPASS}=True and trainer.use_v1=False: verl changes loss_mode; set trainer.use_v1=True")
+    if "token" in rejects and not bypass:
+        raise UserError(
+            f"{_REJECTION}={rejects} takes single tokens out of a completion, and what is left has not the policy's "
+            "log-prob: use a mode of whole sequences (seq_...)"
+        )
+    if actor.policy_loss.get("gvpo_reference") == "ref" and not (
+        actor.use_kl_loss or get("algorithm.use_kl_in_reward")
+    ):
+        raise UserError(
+            f"{_ACTOR}.policy_loss.gvpo_reference=ref needs the reference's log-probs: set {_ACTOR}.use_kl_loss=True "
+            "(and kl_loss_coef=0 to keep verl's own KL term out)"
+        )
+    if get(_WEIGHTS):
+        _log.warning(f"gvpo: importance weights ({_WEIGHTS}) have no part in GVPO: ignored")
     if actor.get("shuffle"):
         _log.warning("gvpo: actor.shuffle=True tears groups apart; exact, but rows are scored several times")
     if get("actor_rollout_ref.rollout.temperature") != 1:
@@ -115,8 +125,7 @@ def _update(scores: tuple[Any, Any], inner: Any, trainer: Any, batch: Any, metri
     own = type(trainer)._compute_old_log_prob
     # Between its updates the separate trainer scores with weights of before.
     current = own is scores[0] or (own is scores[1] and trainer.local_trigger_step == 0)
-    bypass = OmegaConf.select(trainer.config, f"{_CORRECTION}.bypass_mode")
-    batch.extra_info[RECOMPUTED] = current and not bypass
+    batch.extra_info[RECOMPUTED] = current and not OmegaConf.select(trainer.config, _BYPASS)
     batch = inner(trainer, batch, metrics)
     for name in [name for name in metrics if name.startswith("actor/gvpo/")]:
         metrics[name.removeprefix("actor/")] = metrics.pop(name)

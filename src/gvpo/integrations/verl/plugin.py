@@ -8,8 +8,13 @@ any use of the loss raises it.
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
+import os
+from contextlib import suppress
+from importlib.metadata import entry_points
 from typing import Any, NoReturn
+
+import verl
+from packaging.version import Version
 
 
 def refuse(cause: Exception) -> None:
@@ -24,9 +29,19 @@ def refuse(cause: Exception) -> None:
     POLICY_LOSS_REGISTRY["gvpo"] = policy_loss
 
 
+def load_others() -> None:
+    """verl's other plug-ins first: a platform among them must be there before the engines that are imported here."""
+    allowed = os.getenv("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    for point in entry_points(group="verl.plugins"):
+        if point.name != "gvpo" and (allowed == "auto" or point.name in allowed.split(",")):
+            with suppress(Exception):  # verl loads it again, and says what is wrong with it
+                point.load()
+
+
 try:
-    if tuple(int(part) for part in version("verl").split(".")[:2]) < (0, 9):
-        raise ImportError(f"gvpo needs verl >= 0.9, and this is {version('verl')}: pip install --upgrade 'gvpo[verl]'")
+    if Version(found := vars(verl)["__version__"]).release < (0, 9):
+        raise ImportError(f"gvpo needs verl >= 0.9, and this is {found}: pip install --upgrade 'gvpo[verl]'")
+    load_others()
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
     from gvpo.integrations.verl.driver import install

@@ -1,19 +1,20 @@
 """The training worker: finds out what the group means need before every mini-batch, wherever its rows lie.
 
 verl gives a loss one micro-batch of one rank. So before a mini-batch is trained on, its rows are scored once without
-gradients, on every rank, and so are rows of the same groups that lie in other mini-batches; what each row's log-ratio
-is crosses the network, 16 bytes a row. The objective's slopes on whole groups are then known, and the loss of a
-micro-batch is their product with its log-probs: the two passes of `gvpo.accumulate_gradients`. No pass is needed where
-log-ratios are 0 by construction.
+gradients, on every rank, and so are rows of the same groups that lie in other mini-batches; log-ratios cross the
+network. The objective's slopes on whole groups are then known, and the loss of a micro-batch is their product with its
+log-probs: the two passes of `gvpo.accumulate_gradients`. No pass is needed where log-ratios are 0 by construction.
 """
 
 from __future__ import annotations
 
-import logging
+import warnings
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from uuid import NAMESPACE_OID, uuid5
 
 import torch
 from tensordict import TensorDict
@@ -26,15 +27,12 @@ from verl.workers import engine_workers
 from verl.workers.utils.padding import no_padding_2_padding
 
 from gvpo.integrations.verl.config import LOSS, NO_BETA, REFERENCES, GVPOPolicyLossConfig
-from gvpo.integrations.verl.order import id_of
 from gvpo.objective import Rows, row_slopes
 
 RECOMPUTED = "gvpo_recomputed"
 """Set by verl's v1 driver: whether the actor scored this batch (`old_log_probs`) with the weights it still has."""
 _ROW, _SLOPE = "gvpo_row", "gvpo_slope"
 _REWARDS = ("token_level_rewards", "rm_scores", "token_level_scores")
-
-_log = logging.getLogger(__name__)
 
 
 class _MicroBatch(NamedTuple):
@@ -84,7 +82,6 @@ class GVPOTrainingWorker(engine_workers.ActorRolloutRefWorker.actor_worker_cls):
     """verl's training worker; with `policy_loss.loss_mode=gvpo` its losses are exact over whole groups."""
 
     _batch: _Batch | None = None
-    _warned = False
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def train_mini_batch(self, data: TensorDict) -> TensorDict:
@@ -98,13 +95,14 @@ class GVPOTrainingWorker(engine_workers.ActorRolloutRefWorker.actor_worker_cls):
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def train_batch(self, data: TensorDict) -> TensorDict:
         """As verl's: one mini-batch, one optimizer step."""
-        batch, step = self._batch or self._take(data), self.engine.train_batch
-        if batch is not None:
-            self.engine.train_batch = partial(self._step, batch, step)
+        batch = self._batch or self._take(data)
+        if batch is None:
+            return super().train_batch(data)
+        self.engine.train_batch = partial(self._step, batch, self.engine.train_batch)
         try:
             return super().train_batch(data)
         finally:
-            self.engine.train_batch = step
+            del self.engine.train_batch  # the class's own again
 
     def _take(self, data: TensorDict) -> _Batch | None:
         """Number this rank's rows, and learn about those of all ranks; None where the loss is not GVPO's."""
@@ -122,15 +120,18 @@ class GVPOTrainingWorker(engine_workers.ActorRolloutRefWorker.actor_worker_cls):
         # Only v1 has sessions of several rows; else a row is a completion.
         if RECOMPUTED in data and "session_id" in data:
             sessions = data.get("session_id").tolist()
-        rows = Rows(
-            *self._gather(
-                torch.tensor([id_of(uid) for uid in uids]),
-                torch.tensor([id_of(*names) for names in zip(uids, sessions, strict=True)]),
-                _padded(rewards).double().sum(-1),
-                _scored_sum(_refs(data, settings), data),
-                _padded(data["response_mask"]).any(-1),
-            )
+        scored = _padded(data["response_mask"]).any(-1)
+        drawn = _padded(data["loss_mask"]).any(-1) if "loss_mask" in data else scored
+        *columns, state = self._gather(
+            _ids(uids),
+            _ids(zip(uids, sessions, strict=True)),
+            _padded(rewards).double().sum(-1),
+            _scored_sum(_refs(data, settings), data),
+            torch.where(scored, 1, torch.where(drawn, -1, 0)),
         )
+        # A session of which verl rejected a row leaves its group: what is left of it is no completion.
+        groups, members, rewards, refs = columns
+        rows = Rows(groups, members, rewards, refs, (state > 0) & ~torch.isin(members, members[state < 0]))
         return _Batch(data, rows, settings, settings.gvpo_reference == "old" and tu.get(data, RECOMPUTED, False))
 
     def _step(self, batch: _Batch, inner: Any, data: TensorDict, loss_function: Any) -> Any:
@@ -163,20 +164,18 @@ class GVPOTrainingWorker(engine_workers.ActorRolloutRefWorker.actor_worker_cls):
         if batch.on_policy:
             return ratios_N
         elsewhere_RN = (batch.rows.of_same_groups(here_N) & ~here_N).view(-1, count)
-        scored = [data]
+        parts = [data]
         if most := int(elsewhere_RN.sum(1).max()):
             missing = elsewhere_RN[self.engine.get_data_parallel_rank()].nonzero()[:, 0]
-            scored.append(self._select(batch.data, missing, most, data))
-        own = torch.cat([self._score(one, batch.settings) for one in scored])
-        places, ratios = self._gather(torch.cat([self._places(one, count) for one in scored]), own)
-        ratios_N[places] = ratios
+            parts = [self._select(batch.data, missing, most, data), data]
+        for part in parts:  # its own rows last: the others are filled up with rows that may be among them
+            places, ratios = self._gather(self._places(part, count), self._score(part, batch.settings))
+            ratios_N[places] = ratios
         return ratios_N
 
     def _select(self, data: TensorDict, rows: Tensor, count: int, mini_batch: TensorDict) -> TensorDict:
         """These rows and others: on all ranks `count` or a few more, as many as can be dealt into micro-batches."""
         multiple = 1 if tu.get(mini_batch, "use_dynamic_bsz") else tu.get(mini_batch, "micro_batch_size_per_gpu")
-        if getattr(self.engine_config, "virtual_pipeline_model_parallel_size", None) is not None:
-            multiple = len(mini_batch)  # which is known to go through the pipeline
         count = -(-count // multiple) * multiple
         selected = tu.index_select_tensor_dict(data, torch.cat([rows, rows.new_zeros(count - len(rows))]))
         for key in mini_batch.keys() - selected.keys():
@@ -195,26 +194,27 @@ class GVPOTrainingWorker(engine_workers.ActorRolloutRefWorker.actor_worker_cls):
         return _scored_sum(logps_NT - _refs(data, settings).cpu(), data)
 
     def _gather(self, *columns: Tensor) -> list[Tensor]:
-        """Columns of numbers, one per row of a rank, of all ranks in order; every rank has as many rows."""
-        bits = [one.view(torch.int64) if one.is_floating_point() else one.long() for one in columns]
-        mine = torch.stack([one.cpu() for one in bits], 1).to(torch.device(get_device_name()))
+        """Columns of int64 or float64, one number per row of a rank, of all ranks in order; ranks have as many rows."""
+        mine = torch.stack([one.cpu().view(torch.int64) for one in columns], 1).to(torch.device(get_device_name()))
         parts = [mine]
         if (ranks := self.engine.get_data_parallel_size()) > 1:
             parts = [torch.empty_like(mine) for _ in range(ranks)]
             distributed.all_gather(parts, mine, group=self.engine.get_data_parallel_group())
         gathered = torch.cat(parts).cpu().unbind(1)
-        return [
-            bits.contiguous().view(one.dtype) if one.is_floating_point() else bits.to(one.dtype)
-            for bits, one in zip(gathered, columns, strict=True)
-        ]
+        return [bits.contiguous().view(one.dtype) for bits, one in zip(gathered, columns, strict=True)]
 
     def _warn_of_dropout(self) -> None:
         config = getattr(self.model_config, "hf_config", None)
-        rates = {} if config is None or self._warned else config.to_dict()
-        for name, rate in rates.items():
+        for name, rate in ({} if config is None else config.to_dict()).items():
             if ("dropout" in name or "pdrop" in name) and isinstance(rate, float) and rate > 0:
-                _log.warning("gvpo: the model has %s=%s: gradients are approximate under dropout", name, rate)
-        self._warned = True
+                warnings.warn(
+                    f"gvpo: {name}={rate} in the model: gradients are approximate under dropout", stacklevel=2
+                )
+
+
+def _ids(names: Iterable[object]) -> Tensor:
+    """63 bits a name, the same in every process."""
+    return torch.tensor([uuid5(NAMESPACE_OID, str(name)).int >> 65 for name in names])
 
 
 def _refs(data: TensorDict, settings: GVPOPolicyLossConfig) -> Tensor:

@@ -2,9 +2,10 @@
 
     python -m gvpo.integrations.verl_runs.dry_run OPTION=VALUE ...
 
-takes what `python -m verl.trainer.main_ppo` takes. Covered: every option's name, those that are added with `+` too;
-text where verl has a number; values that verl's own configuration classes and its start-up check refuse; what the
-plug-in refuses. Not covered: files, models, memory, and names under mappings that verl leaves open (they are listed).
+takes the options of `python -m verl.trainer.main_ppo`, and no flags of hydra's. Covered: every option's name, those
+that are added with `+` too; text where verl has a number; values that verl's own configuration classes and its start-up
+check refuse; what the plug-in refuses. Not covered: files, models, memory, and names under mappings that verl leaves
+open (they are listed).
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ def check_run(options: Sequence[str]) -> tuple[DictConfig, list[str]]:
             raise UserError(f"{section}: {_innermost(error)}") from error
     if uses_gvpo(config):
         check_options(config, legacy=not config.trainer.use_v1)
+        if config.critic.enable or config.algorithm.adv_estimator == "gae":
+            raise UserError("a critic is built, and GVPO has none: set algorithm.adv_estimator=grpo")
     try:
         with warnings.catch_warnings(action="ignore"):  # that there is no critic is what GRPO and GVPO want
             validate_config(config, need_reference_policy(config), need_critic(config))
-    except (AssertionError, ValueError) as error:
+    except Exception as error:
         raise UserError(_innermost(error)) from error
     return config, unchecked
 
@@ -86,6 +89,9 @@ def _hint(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def _names(options: Sequence[str]) -> list[str]:
+    for option in options:
+        if option.startswith("--"):
+            raise UserError(f"{option}: only OPTION=VALUE here; for Megatron, model_engine=megatron")
     try:
         return [str(override.key_or_group) for override in OverridesParser.create().parse_overrides([*options])]
     except HydraException as error:

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 Partition = Callable[[Sequence[float], int], Sequence[Sequence[int]]]
-
-
-def id_of(*parts: object) -> int:
-    """A signed 64-bit id of what is named."""
-    text = "\0".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def group_order(
