@@ -75,8 +75,8 @@ def test_a_platform_that_is_a_plugin_comes_before_the_engines(environment, tmp_p
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zz-theirs\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[verl.plugins]\nzz_theirs = their_platform\n")
-    changes = {"PYTHONPATH": f"{environment['PYTHONPATH']}:{tmp_path}", "VERL_USE_EXTERNAL_MODULES": ""}
-    done = run(
-        environment, "import verl; from verl.utils.device import get_device_name; print(get_device_name())", **changes
-    )
+    # Last on the path, so that verl finds it after this one.
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import verl"
+    code += "; from verl.utils.device import get_device_name; print(get_device_name())"
+    done = run(environment, code, VERL_USE_EXTERNAL_MODULES="")
     assert done.stdout.split() == ["first", "cpu"], done.stderr[-2000:]
