@@ -34,6 +34,7 @@ def run(prepare, monkeypatch, *arguments) -> int:
         ("2 + 2 = 4\n#### 1,234", "1234"),
         (r"so \boxed{1} and then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"which is $\boxed 9$ of them", "9"),
     ],
 )
 def test_the_final_answer_of_a_solution(prepare, solution, answer):
@@ -42,7 +43,7 @@ def test_the_final_answer_of_a_solution(prepare, solution, answer):
 
 @pytest.mark.parametrize("solution", ["none", r"\boxed{never closed", ""])
 def test_a_solution_without_an_answer_is_an_error(prepare, solution):
-    with pytest.raises(ValueError, match="no ####"):
+    with pytest.raises(ValueError, match="neither ####"):
         prepare.final_answer(solution)
 
 
@@ -69,6 +70,21 @@ def test_a_row_that_is_not_one_is_named(prepare, monkeypatch, capsys, tmp_path, 
     assert run(prepare, monkeypatch, "--math", tmp_path, "--test", tmp_path / "rows.jsonl") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "math").exists()
+
+
+def test_gsm8ks_own_rows_have_their_answer_in_the_solution(prepare, monkeypatch, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "?", "answer": "9 * 2 = 18\n#### 1,018"}))
+    assert run(prepare, monkeypatch, "--gsm8k", tmp_path, "--test", tmp_path / "rows.jsonl") == 0
+    (row,) = pq.read_table(tmp_path / "gsm8k" / "test.parquet").to_pylist()
+    assert row["reward_model"]["ground_truth"] == "1018"
+
+
+def test_nothing_is_written_where_a_file_is_missing(prepare, monkeypatch, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "?", "answer": "1"}))
+    files = ("--train", tmp_path / "rows.jsonl", "--test", tmp_path / "none.jsonl")
+    assert run(prepare, monkeypatch, "--gsm8k", tmp_path / "out", *files) == 2
+    assert "none.jsonl: cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("recipe", sorted(FOLDER.glob("qwen*.sh")), ids=lambda path: path.stem)

@@ -5,8 +5,22 @@ from __future__ import annotations
 import pytest
 
 from gvpo.errors import UserError
-from gvpo.integrations.verl_runs.options import OTHERWISE, SAME, WITHOUT, Facts, command, verl_options
+from gvpo.integrations.verl_runs.options import SAME, Facts, command, verl_options
 from gvpo.training.config import RunConfig
+
+OTHERWISE = """
+reference top_k updates_per_rollout adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type warmup_steps
+max_steps num_train_epochs token_budget use_vllm vllm_gpu_memory_utilization bf16 prompt_column reward_weights
+output_dir run_name report_to eval_steps save_steps model train_dataset eval_dataset reward_funcs sources objective
+"""
+"""Translated by a rule, written into the data or the script, or refused."""
+
+WITHOUT = """
+epsilon reference_storage trust_ref_logprobs allow_unanchored rollout_dtype vllm_mode vllm_server_base_url
+vllm_enable_sleep_mode vllm_max_model_length share_prefix torch_compile disable_dropout logging_steps
+num_completions_to_print disable_tqdm publish_steps
+"""
+"""verl has no counterpart, or decides itself."""
 
 FACTS = Facts(prompts=100, longest_prompt=20, updates=10, reference="rollout", template=None, evaluates=True)
 
@@ -18,7 +32,7 @@ def options(facts: Facts = FACTS, **settings):
 
 def test_every_setting_has_its_place():
     """Whoever adds a field to the config says here what becomes of it in verl."""
-    assert sorted([*SAME, *OTHERWISE, *WITHOUT]) == sorted(RunConfig.model_fields)
+    assert sorted([*SAME, *OTHERWISE.split(), *WITHOUT.split()]) == sorted(RunConfig.model_fields)
 
 
 def test_counts_of_updates_become_counts_of_rollouts():
@@ -39,6 +53,20 @@ def test_no_sequence_is_longer_than_a_micro_batch():
     assert options(max_completion_length=300, token_budget=1000)[name] == 1000
 
 
+def test_a_run_that_says_nothing_saves_and_evaluates_at_its_end():
+    found = options()
+    assert found["trainer.save_freq"] == found["trainer.test_freq"] == found["trainer.total_training_steps"] == 5
+
+
+def test_the_reference_is_scored_in_the_policys_precision():
+    anchored = Facts(100, 20, 10, "initial", None, False)
+    name = "fsdp_config.mixed_precision.param_dtype"
+    assert (
+        options(anchored)[f"+actor_rollout_ref.ref.{name}"] == options()[f"+actor_rollout_ref.actor.{name}"] == "fp32"
+    )
+    assert not [one for one in options(anchored, bf16=True) if "mixed_precision" in one]
+
+
 def test_the_initial_reference_is_verls_reference_model_without_verls_own_term():
     facts = Facts(100, 20, 10, "initial", None, False)
     found = options(facts)
@@ -55,6 +83,8 @@ def test_the_initial_reference_is_verls_reference_model_without_verls_own_term()
         ({"lr_scheduler_type": "polynomial"}, FACTS, "lr_scheduler_type is 'polynomial'"),
         ({"sources": [{"type": "policy"}, {"type": "replay", "members": 2}]}, FACTS, "sources: verl draws all"),
         ({}, Facts(100, 20, 10, 4, None, False), "reference is 4"),
+        ({"report_to": "all"}, FACTS, "report_to: 'all' is none of verl's"),
+        ({"run_name": "${HOME}"}, FACTS, "trainer.experiment_name: verl would read"),
     ],
 )
 def test_what_would_be_another_run_is_refused(settings, facts, message):
@@ -63,7 +93,7 @@ def test_what_would_be_another_run_is_refused(settings, facts, message):
 
 
 def test_what_is_written_is_read_back():
-    """Strings that hydra would read as something else are in quotes."""
+    """Strings that hydra would read as something else are in quotes; in them it unescapes before quotes alone."""
     assert command(
         {"a": "vllm", "b": "2024", "c": "it's {x}", "d": [1e-8, "m:f"], "e": {"eps": 1e-8}, "f": "true"}
     ) == [

@@ -50,23 +50,28 @@ TASKS = {
 
 
 def final_answer(solution: str) -> str:
-    """What stands after `####` (GSM8K), or in the last `\\boxed{}` (MATH).
+    """What stands after the last `####` (GSM8K), or in the last `\\boxed{}` or `\\boxed 2` (MATH).
 
     Raises ValueError where there is neither.
     """
     if "####" in solution:
         return solution.rsplit("####", 1)[1].strip().replace(",", "")
-    start = solution.rfind("\\boxed{")
-    depth, inner = 0, start + len("\\boxed{")
-    for place in range(inner - 1, len(solution) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(solution[place], 0)
+    boxed = solution.rpartition("\\boxed")[2] if "\\boxed" in solution else ""
+    if boxed.startswith(" ") and (bare := boxed.split("$", 1)[0].strip()):
+        return bare
+    depth = 0
+    for place, char in enumerate(boxed):
+        depth += {"{": 1, "}": -1}.get(char, 0)
         if depth == 0:
-            return solution[inner:place]
-    raise ValueError("no #### and no \\boxed{...}")
+            if place:
+                return boxed[1:place]
+            break
+    raise ValueError("has no answer: neither #### nor \\boxed{...}")
 
 
 def verl_row(task: Task, problem: str, answer: str, index: int) -> dict[str, Any]:
-    """A row in verl's form."""
+    """A row in verl's form; its rule for GSM8K compares numbers without their commas."""
+    answer = answer.replace(",", "") if task.source == "openai/gsm8k" else answer
     return {
         "data_source": task.source,
         "prompt": [{"role": "user", "content": f"{problem} {task.instruction}"}],
@@ -77,11 +82,21 @@ def verl_row(task: Task, problem: str, answer: str, index: int) -> dict[str, Any
 
 
 def from_hub(task: Task, split: str) -> Iterator[tuple[str, str]]:
-    """Problems and answers of a data set on the hub."""
+    """Problems and answers of a data set on the hub.
+
+    Raises UserError where it cannot be reached, and for a row without an answer.
+    """
     from datasets import load_dataset
 
-    for row in load_dataset(*task.hub, split=split):
-        yield row.get("problem") or row["question"], final_answer(row[task.solution])
+    try:
+        rows = load_dataset(*task.hub, split=split)
+    except Exception as error:
+        raise UserError(f"{task.hub[0]}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    for number, row in enumerate(rows):
+        try:
+            yield row.get("problem") or row["question"], final_answer(row[task.solution])
+        except ValueError as error:
+            raise UserError(f"{task.hub[0]}, {split}, row {number} (from 0): {error}") from error
 
 
 def from_file(path: str) -> Iterator[tuple[str, str]]:
@@ -91,8 +106,8 @@ def from_file(path: str) -> Iterator[tuple[str, str]]:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -105,19 +120,18 @@ def from_file(path: str) -> Iterator[tuple[str, str]]:
         if not isinstance(problem, str) or not problem.strip():
             raise UserError(f"{where}: has no problem; give it as the string `problem` or `question`")
         answers = row.get("answers", [row.get("answer")])
-        if not isinstance(answers, list) or not answers or not isinstance(answers[0], str | int | float):
+        answer = answers[0] if isinstance(answers, list) and answers else None
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
             raise UserError(f"{where}: has no answer; give it as `answer`, or a list as `answers`")
-        yield problem, str(answers[0])
+        yield problem, final_answer(str(answer)) if "####" in str(answer) else str(answer)
 
 
-def write(path: Path, task: Task, pairs: Iterable[tuple[str, str]]) -> None:
-    """Write a Parquet file, and say so."""
+def read(task: Task, pairs: Iterable[tuple[str, str]], where: str) -> list[dict[str, Any]]:
+    """Rows in verl's form."""
     rows = [verl_row(task, problem, answer, index) for index, (problem, answer) in enumerate(pairs)]
     if not rows:
-        raise UserError(f"{path}: there are no rows for it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    print(f"{path}: {len(rows)} rows")
+        raise UserError(f"{where}: has no rows")
+    return rows
 
 
 def main() -> int:
@@ -131,14 +145,24 @@ def main() -> int:
     chosen = [name for name in TASKS if getattr(given, name)]
     if not chosen or (len(chosen) > 1 and (given.train or given.test)):
         parser.error("name --gsm8k, --math or both; with --train or --test, one of them")
+    made: dict[Path, list[dict[str, Any]]] = {}
     try:
         for name in chosen:
             for split, file in (("train", given.train), ("test", given.test)):
                 if file is not None or not (given.train or given.test):
                     pairs = from_hub(TASKS[name], split) if file is None else from_file(file)
-                    write(given.folder / name / f"{split}.parquet", TASKS[name], pairs)
+                    made[given.folder / name / f"{split}.parquet"] = read(
+                        TASKS[name], pairs, file or TASKS[name].hub[0]
+                    )
+        for path, rows in made.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), path)
+            print(f"{path}: {len(rows)} row{'s' * (len(rows) != 1)}")
     except UserError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"prepare_data: {given.folder}: cannot be written ({error})", file=sys.stderr)
         return 2
     return 0
 

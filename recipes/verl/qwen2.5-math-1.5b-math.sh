@@ -17,8 +17,8 @@ options=(
     algorithm.adv_estimator=grpo  # no critic; advantages are logged, not used
 
     actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-1.5B  # paper
-    data.train_files="${DATA:-data}/math/train.parquet"  # paper: Competition Math
-    data.val_files="${DATA:-data}/math/test.parquet"
+    data.train_files="'${DATA:-data}/math/train.parquet'"  # paper: Competition Math
+    data.val_files="'${DATA:-data}/math/test.parquet'"
     data.max_prompt_length=1024  # script
     data.max_response_length=1024  # script
     data.filter_overlong_prompts=True  # script
@@ -29,7 +29,7 @@ options=(
     actor_rollout_ref.rollout.n=8  # paper
     trainer.total_epochs=15  # script
     actor_rollout_ref.actor.optim.lr=1e-6  # script: AdamW, constant, weight decay 0.01
-    actor_rollout_ref.actor.optim.clip_grad=1.0  # ours; as in the script it would be 0.25 (docs/verl.md, Scale)
+    actor_rollout_ref.actor.optim.clip_grad=1.0  # ours; as in the script it would be 0.25 (docs/verl-migration.md, section 3)
 
     # Ours: where time and memory go, without a say in what is learned
     actor_rollout_ref.actor.strategy=fsdp2

@@ -3,7 +3,7 @@
 # GSM8K and MATH. Data: python recipes/verl/prepare_data.py --gsm8k --math data
 #
 # Its gradient is micro-batch / k = 4 times the mean over groups, this one the mean: clipping norm and AdamW's epsilon
-# are a quarter here, so that the updates are the same (docs/verl.md, Scale).
+# are a quarter here, so that the updates are the same (docs/verl-migration.md, section 3).
 #
 # Estimate, docs/scale.md, completions of 400 tokens on average:
 #   2 x H100 80 GB: needs both offloads (74 GB a GPU in updates, 97 GB in rollouts without); 310 s a step; 210 steps,
@@ -19,8 +19,8 @@ options=(
     algorithm.adv_estimator=grpo  # no critic; advantages are logged, not used
 
     actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-7B
-    data.train_files="[${DATA:-data}/gsm8k/train.parquet,${DATA:-data}/math/train.parquet]"
-    data.val_files="[${DATA:-data}/gsm8k/test.parquet,${DATA:-data}/math/test.parquet]"
+    data.train_files="['${DATA:-data}/gsm8k/train.parquet','${DATA:-data}/math/train.parquet']"
+    data.val_files="['${DATA:-data}/gsm8k/test.parquet','${DATA:-data}/math/test.parquet']"
     data.max_prompt_length=1024
     data.max_response_length=1024
     data.filter_overlong_prompts=True

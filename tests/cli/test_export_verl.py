@@ -55,7 +55,7 @@ def arguments(tmp_path: Path) -> dict[str, str]:
     assert path == str(tmp_path)
     assert lines[:2] == ["-m", "verl.trainer.main_ppo"]
     assert lines[-1] == "trainer.nnodes=3"
-    return dict(line.split("=", 1) for line in lines[2:])
+    return {name: value.strip("'") for name, value in (line.split("=", 1) for line in lines[2:])}
 
 
 def test_the_script_has_the_run_and_the_data_its_rows(folder: Path) -> None:
@@ -104,6 +104,7 @@ def test_string_prompts_get_a_template_that_is_their_text(folder: Path) -> None:
             [{"prompt": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}], "want": "b"}],
             "assistant's turn",
         ),
+        ([{"prompt": [{"role": "user", "content": "b", "name": "c"}], "want": "b"}], "more than role and content"),
     ],
 )
 def test_rows_that_verl_cannot_take_are_named(rows: list[dict], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -111,6 +112,28 @@ def test_rows_that_verl_cannot_take_are_named(rows: list[dict], message: str, ca
     assert export() == 2
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1
+
+
+def test_what_is_refused_late_leaves_nothing_behind(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two kinds of prompts: known when the tokenizer is there."""
+    before = sorted(folder.iterdir())
+    write_rows([{"prompt": "a", "want": "a"}, {"prompt": [{"role": "user", "content": "b"}], "want": "b"}])
+    assert export("--out", "other") == 2
+    assert sorted(folder.iterdir()) == before
+
+
+def test_what_was_kept_for_this_machine_is_not_asked_of_it(folder: Path) -> None:
+    """Neither vLLM nor trackers need be installed here; a name that is not verl's is refused."""
+    assert export("--use_vllm", "true", "--report_to", "swanlab") is None
+    found = arguments(folder)
+    assert found["trainer.logger"] == "[console, swanlab]"
+    assert export("--out", "b", "--report_to", "all") == 2
+
+
+@pytest.mark.parametrize("out", ["rows.jsonl/sub", "/proc/none/sub"])
+def test_a_folder_that_cannot_be_written_is_named(out: str, capsys: pytest.CaptureFixture) -> None:
+    assert export("--out", out) == 2
+    assert f"--out {out}: " in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(capsys: pytest.CaptureFixture) -> None:

@@ -7,8 +7,12 @@ other sources, other objectives, LoRA: each is refused in one line.
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +24,9 @@ from gvpo.errors import UserError
 from gvpo.training.config import RunConfig
 
 if TYPE_CHECKING:
+    from gvpo.integrations.verl_runs.options import Facts
     from gvpo.sources.dataset import Row
+    from gvpo.training.plan import RunPlan
 
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """A chat template under which one message is its text."""
@@ -30,8 +36,9 @@ SCRIPT = """#!/usr/bin/env bash
 #   {name} trainer.n_gpus_per_node=8
 #   {name} --dry-run        checks every option against the verl that is installed, and starts nothing
 {notes}set -euo pipefail
-here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
-export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"  # where reward functions are found
+here="$(dirname "$(readlink -f "${{BASH_SOURCE[0]}}")")"
+quoted="${{here//\\'/\\\\\\'}}"  # as hydra reads it between single quotes
+export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"  # where reward functions are found, on every node
 run=(python3 -m verl.trainer.main_ppo)
 if [[ "${{1:-}}" == --dry-run ]]; then
     shift
@@ -55,7 +62,7 @@ def export_verl(
 
     verl need not be installed here; where it is, FOLDER/run.sh --dry-run checks every option.
     """
-    from gvpo.integrations.verl_runs.options import Facts, command, differences, verl_options
+    from gvpo.integrations.verl_runs.options import Facts, verl_options
     from gvpo.training.plan import plan_run
 
     run = read_config(config, settings)
@@ -63,42 +70,74 @@ def export_verl(
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {out}: exists and is not an empty folder; give another name")
-    plan = plan_run(run, run.model, run.train_dataset, run.reward_funcs, run.eval_dataset, run.sources)
-    rows = [*plan.rows, *plan.eval_rows]
+    # Engines and trackers are the other machine's.
+    plain = run.model_copy(update={"use_vllm": False, "report_to": "none"})
+    plan = plan_run(plain, run.model, run.train_dataset, run.reward_funcs, run.eval_dataset, run.sources)
+    _check_rows([*plan.rows, *plan.eval_rows])
     values = {name: getattr(run, name) for name in type(run).model_fields}
-    _check_rows(rows)
+    count = len(plan.rows) * -(-run.groups_per_rollout // len(plan.rows))
+    facts = Facts(count, 1, plan.updates, plan.reference, None, bool(plan.eval_rows))
     # What verl cannot do is refused before a model is loaded.
-    verl_options(values, Facts(run.groups_per_rollout, 1, plan.updates, plan.reference, None, False))
-    folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = _model(run, folder)
+    verl_options(values, facts)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+            made = Path(unfinished) / "run"
+            made.mkdir()
+            facts = _write_run(run, plan, facts, made, folder, config, {"gpus": gpus, "nodes": nodes})
+            os.replace(made, folder)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
+    _say(folder, values, facts)
+
+
+def _write_run(
+    run: RunConfig, plan: RunPlan, facts: Facts, made: Path, folder: Path, source: str, machine: dict[str, int]
+) -> Facts:
+    """Write all into `made`, which becomes `folder`. Returns the facts, now with what the tokenizer says."""
+    from gvpo.integrations.verl_runs.options import command, differences, verl_options
+
+    rows = [*plan.rows, *plan.eval_rows]
+    model, tokenizer = _model(run, made, partial(_template, rows))
     template = _template(rows, tokenizer)
     longest = max(len(_as_verl(row, tokenizer, template)) for row in rows)
-    train = [*plan.rows] * -(-run.groups_per_rollout // len(plan.rows))
-    _write(folder / "train.parquet", train)
-    _write(folder / "eval.parquet", plan.eval_rows or plan.rows[:1])
-    facts = Facts(len(train), longest, plan.updates, plan.reference, template, bool(plan.eval_rows))
-    options = verl_options(values, facts) | {"trainer.n_gpus_per_node": gpus, "trainer.nnodes": nodes}
-    files = ['data.train_files="$here/train.parquet"', 'data.val_files="$here/eval.parquet"']
-    files += [f"actor_rollout_ref.model.path={model}", 'trainer.default_local_dir="$here/checkpoints"']
-    notes = differences(values)
-    script = folder / "run.sh"
-    script.write_text(
-        SCRIPT.format(
-            source=config,
-            name=script,
-            notes="".join(f"# {line}\n" for line in ["What verl does otherwise:", *notes] if notes),
-            path=shlex.quote(str(Path.cwd())),
-            options="\n".join(f"    {one} \\" for one in [*map(shlex.quote, command(options)), *files]),
-        ),
-        encoding="utf-8",
+    facts = replace(facts, template=template, longest_prompt=max(1, longest))
+    _write(made / "train.parquet", [*plan.rows] * (facts.prompts // len(plan.rows)))
+    _write(made / "eval.parquet", plan.eval_rows or plan.rows[:1])
+    values = {name: getattr(run, name) for name in type(run).model_fields}
+    options = verl_options(values, facts)
+    options |= {"trainer.n_gpus_per_node": machine["gpus"], "trainer.nnodes": machine["nodes"]}
+    if model is not None:
+        options["actor_rollout_ref.model.path"] = model
+    files = {"data.train_files": "train.parquet", "data.val_files": "eval.parquet"}
+    files |= {"actor_rollout_ref.model.path": "model"} if model is None else {}
+    files |= {"trainer.default_local_dir": "checkpoints"}
+    lines = [*map(shlex.quote, command(options)), *(f"{name}=\"'$quoted/{file}'\"" for name, file in files.items())]
+    script = made / "run.sh"
+    text = SCRIPT.format(
+        source=_printable(source),
+        name=_printable(str(folder / "run.sh")),
+        notes="".join(f"# {line}\n" for line in ["What verl does otherwise:", *differences(values, facts)]),
+        path=shlex.quote(str(Path.cwd())),
+        options="\n".join(f"    {line} \\" for line in lines),
     )
+    script.write_text(text, encoding="utf-8")
     script.chmod(0o755)
-    show(
-        f"{folder}",
-        [("run.sh", f"{len(options) + len(files)} options of verl"), ("train.parquet", f"{len(train)} rows")],
-    )
-    show("verl does otherwise", [("-", line) for line in notes])
-    print(f"\nNext, where verl is installed: {script} --dry-run")
+    return facts
+
+
+def _say(folder: Path, values: dict[str, Any], facts: Facts) -> None:
+    from gvpo.integrations.verl_runs.options import differences
+
+    show(f"{folder}", [("run.sh", "the run"), ("train.parquet", f"{facts.prompts} rows")])
+    print("\nverl does otherwise")
+    for line in differences(values, facts):
+        print(f"  {line}")
+    print(f"\nNext, where verl is installed: {folder / 'run.sh'} --dry-run")
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _check_rows(rows: Iterable[Row]) -> None:
@@ -109,30 +148,34 @@ def _check_rows(rows: Iterable[Row]) -> None:
             )
         if row.prompt is None:
             raise UserError(f"{row.where}: has prompt_ids alone, and verl reads text; give a prompt")
+        if isinstance(row.prompt, list) and any(set(message) != {"role", "content"} for message in row.prompt):
+            raise UserError(f"{row.where}: a message has more than role and content, which files for verl do not keep")
         if isinstance(row.prompt, list) and row.prompt[-1]["role"] == "assistant":
             raise UserError(f"{row.where}: ends with the assistant's turn, which verl does not go on with")
 
 
-def _model(run: RunConfig, folder: Path) -> tuple[str, Any]:
-    """The model as the script names it, and its tokenizer; what verl cannot load is saved into the folder.
+def _model(run: RunConfig, folder: Path, check: Callable[[Any], object]) -> tuple[str | None, Any]:
+    """The model as verl finds it, None where it is saved into the folder as `model`, and its tokenizer.
 
+    check: of the tokenizer, before anything is saved.
     Raises UserError for a LoRA adapter and for a model without a tokenizer.
     """
     from gvpo.models.loading import EMBEDDED, load_model, load_tokenizer
 
-    if (Path(run.model) / "adapter_config.json").exists():
+    path = Path(run.model)
+    if (path / "adapter_config.json").exists():
         raise UserError(f"model {run.model}: an adapter; merge it into its model first, or set verl's lora_rank")
-    if run.model == EMBEDDED or run.model.endswith(".gguf"):
+    if run.model == EMBEDDED or path.suffix == ".gguf":
         model, tokenizer = load_model(run.model)
         assert tokenizer is not None
+        check(tokenizer)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        return '"$here/model"', tokenizer
+        return None, tokenizer
     tokenizer = load_tokenizer(run.model)
     if tokenizer is None:
         raise UserError(f"model {run.model}: has no tokenizer, and verl needs one")
-    path = Path(run.model)
-    return shlex.quote(str(path.resolve()) if path.exists() else run.model), tokenizer
+    return (str(path.resolve()) if path.exists() else run.model), tokenizer
 
 
 def _template(rows: Sequence[Row], tokenizer: Any) -> str | None:
@@ -175,14 +218,19 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 
     from gvpo.integrations.verl_runs.reward import ROW
 
-    made = [
-        {
-            "data_source": "gvpo",
-            "prompt": _messages(row),
-            "ability": "",
-            "reward_model": {"style": "rule", "ground_truth": ""},
-            "extra_info": {"index": index, ROW: json.dumps({"prompt": row.prompt, "columns": row.columns})},
-        }
-        for index, row in enumerate(rows)
-    ]
+    made = []
+    for index, row in enumerate(rows):
+        try:
+            kept = json.dumps({"prompt": row.prompt, "columns": row.columns})
+        except TypeError as error:
+            raise UserError(f"{row.where}: a column cannot be written as JSON ({error})") from error
+        made.append(
+            {
+                "data_source": "gvpo",
+                "prompt": _messages(row),
+                "ability": "",
+                "reward_model": {"style": "rule", "ground_truth": ""},
+                "extra_info": {"index": index, ROW: kept},
+            }
+        )
     pq.write_table(pa.Table.from_pylist(made), path)

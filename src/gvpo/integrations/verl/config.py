@@ -33,7 +33,7 @@ class GVPOPolicyLossConfig(PolicyLossConfig):
     gvpo_reference: str = "old"
 
     def __post_init__(self) -> None:
-        if not 0 < float(self.gvpo_beta) < float("inf"):
+        if not isinstance(self.gvpo_beta, int | float) or not 0 < self.gvpo_beta < float("inf"):
             raise ValueError(f"policy_loss.gvpo_beta is {self.gvpo_beta}: it must be a number above 0")
         if self.gvpo_reference not in REFERENCES:
             raise ValueError(

@@ -55,6 +55,8 @@ def check_options(config: Any, legacy: bool = False) -> None:
     actor, bypass, rejects = get(_ACTOR), get(_BYPASS), str(get(_REJECTION))
     if "GVPOPolicyLossConfig" not in str(actor.policy_loss.get("_target_")):
         raise UserError(NO_BETA)
+    if (k := get("actor_rollout_ref.rollout.n")) < 2:
+        raise UserError(f"actor_rollout_ref.rollout.n={k}: a group of one teaches nothing; draw 2 and more")
     for option, (value, why) in REFUSED.items():
         if get(option) == value:
             raise UserError(f"{option}={value}: {why}")

@@ -113,7 +113,9 @@ class GVPOTrainingWorker(engine_workers.ActorRolloutRefWorker.actor_worker_cls):
             raise ValueError(NO_BETA)
         rewards = next((data[name] for name in _REWARDS if name in data), None)
         if rewards is None or "uid" not in data:
-            raise ValueError(f"loss_mode=gvpo needs uid and one of {', '.join(_REWARDS)}: this trainer sends them not")
+            raise ValueError(
+                f"loss_mode=gvpo needs uid and one of {', '.join(_REWARDS)}: this trainer does not send them"
+            )
         self._warn_of_dropout()
         data[_ROW] = torch.arange(len(data), device=data["response_mask"].device)
         uids, sessions = data.get("uid").tolist(), self._places(data, len(data)).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from gvpo.errors import UserError
@@ -37,66 +38,16 @@ SAME = {
     "gradient_checkpointing": f"{_MODEL}.enable_gradient_checkpointing",
     "shuffle_dataset": "data.shuffle",
     "seed": "data.seed",
-    "run_name": "trainer.experiment_name",
     "save_total_limit": "trainer.max_actor_ckpt_to_keep",
     "eval_on_start": "trainer.val_before_train",
 }
 """By name, the option that means the same."""
 
-OTHERWISE = [
-    "reference",
-    "top_k",
-    "updates_per_rollout",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "max_steps",
-    "num_train_epochs",
-    "token_budget",
-    "use_vllm",
-    "vllm_gpu_memory_utilization",
-    "bf16",
-    "prompt_column",
-    "reward_weights",
-    "output_dir",
-    "report_to",
-    "eval_steps",
-    "save_steps",
-    "model",
-    "train_dataset",
-    "eval_dataset",
-    "reward_funcs",
-    "sources",
-    "objective",
-]
-"""What is translated by a rule, written into the data, or refused."""
-
-WITHOUT = [
-    "epsilon",
-    "reference_storage",
-    "trust_ref_logprobs",
-    "allow_unanchored",
-    "rollout_dtype",
-    "vllm_mode",
-    "vllm_server_base_url",
-    "vllm_enable_sleep_mode",
-    "vllm_max_model_length",
-    "share_prefix",
-    "torch_compile",
-    "disable_dropout",
-    "logging_steps",
-    "num_completions_to_print",
-    "disable_tqdm",
-    "publish_steps",
-]
-"""What verl has no counterpart of, or decides itself."""
-
 _PLAIN = re.compile(r"(?!(?i:true|false|null|nan|inf)$)[A-Za-z_][\w./:-]*")
 """What hydra reads as a string without quotes."""
 
+_DTYPES = ("param", "reduce")
+_TRACKERS = ("none", "wandb", "tensorboard", "trackio", "mlflow", "swanlab", "clearml")
 _SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "cosine", "cosine": "cosine"}
 
 
@@ -128,7 +79,7 @@ def verl_options(run: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     longest = facts.longest_prompt + run["max_completion_length"]
 
     def rollouts(count: int | None) -> int:
-        return -1 if count is None else -(-count // updates)
+        return steps if count is None else -(-count // updates)
 
     options = CONSTANT | {name: run[own] for own, name in SAME.items() if run[own] is not None}
     options |= {
@@ -145,9 +96,14 @@ def verl_options(run: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         f"{_ROLLOUT}.log_prob_max_token_len_per_gpu": max(run["token_budget"] or 0, longest),
         "trainer.total_training_steps": steps,
         "trainer.total_epochs": -(-steps // (facts.prompts // batch)),
-        "trainer.save_freq": steps if run["save_steps"] is None else rollouts(run["save_steps"]),
-        "trainer.test_freq": rollouts(run["eval_steps"]) if facts.evaluates else -1,
+        "trainer.save_freq": rollouts(run["save_steps"]),
+        "trainer.test_freq": -1
+        if not facts.evaluates
+        else steps
+        if run["eval_steps"] is None
+        else rollouts(run["eval_steps"]),
         "trainer.logger": ["console", *(name for name in _names(run["report_to"]) if name != "none")],
+        "trainer.experiment_name": run["run_name"] or PurePath(run["output_dir"] or "run").name,
     }
     if facts.reference == "initial":
         # verl computes the reference's log-probs where its own KL term is on; with coefficient 0 it adds nothing.
@@ -155,26 +111,34 @@ def verl_options(run: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         options |= {"actor_rollout_ref.ref.log_prob_use_dynamic_bsz": True}
         options |= {"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": max(run["token_budget"] or 0, longest)}
     if not run["bf16"]:
-        options |= {f"+{_ACTOR}.fsdp_config.mixed_precision.{name}_dtype": "fp32" for name in ("param", "reduce")}
+        roles = (_ACTOR, "actor_rollout_ref.ref") if facts.reference == "initial" else (_ACTOR,)
+        options |= {f"+{role}.fsdp_config.mixed_precision.{name}_dtype": "fp32" for role in roles for name in _DTYPES}
     if facts.template is not None:
         options[f"{_MODEL}.custom_chat_template"] = facts.template
     options[f"{_REWARD}.path"] = "pkg://gvpo.integrations.verl_runs.reward"
     options[f"+{_REWARD}.reward_kwargs.reward_funcs"] = _names(run["reward_funcs"])
     if run["reward_weights"] is not None:
         options[f"+{_REWARD}.reward_kwargs.reward_weights"] = run["reward_weights"]
+    for name, value in options.items():
+        if "${" in str(value):
+            raise UserError(f"{name}: verl would read the ${{ in {value!r} as a reference; write it without")
     return options
 
 
-def differences(run: Mapping[str, Any]) -> list[str]:
+def differences(run: Mapping[str, Any], facts: Facts) -> list[str]:
     """What of a run verl does otherwise, one line each."""
+    batch = run["groups_per_update"] * run["updates_per_rollout"]
     known = {
-        "lr_scheduler_type=linear becomes cosine: verl has constant and cosine, and counts in rollouts": run[
+        "lr_scheduler_type: linear becomes cosine; verl has constant and cosine, and counts in rollouts": run[
             "lr_scheduler_type"
         ]
         == "linear",
-        f"temperature={run['temperature']}: verl takes log-probs at this temperature, not at 1": run["temperature"]
-        != 1,
-        "disable_dropout: verl trains with the dropout of the model's config (most have none)": run["disable_dropout"],
+        "warmup_steps: counted in rollouts, and the updates of the first rollout have a rate of 0": run["warmup_steps"],
+        f"temperature: verl takes log-probs at {run['temperature']}, not at 1": run["temperature"] != 1,
+        "rollouts are drawn in bfloat16": True,
+        f"an epoch leaves out {facts.prompts % batch} of {facts.prompts} prompts, which fill no batch": facts.prompts
+        % batch,
+        "dropout of the model's config is left on (most have none)": run["disable_dropout"],
     }
     return [line for line, holds in known.items() if holds]
 
@@ -195,7 +159,9 @@ def _written(value: Any) -> str:
         return "[" + ", ".join(map(_written, value)) + "]"
     if not isinstance(value, str) or _PLAIN.fullmatch(value):
         return str(value)
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Backslashes count for hydra before a quote and at the end alone.
+    text = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)
+    return f"'{text}'"
 
 
 def _refuse(run: Mapping[str, Any], facts: Facts) -> None:
@@ -203,10 +169,13 @@ def _refuse(run: Mapping[str, Any], facts: Facts) -> None:
     if run["objective"] != "gvpo":
         raise UserError(f"objective is {run['objective']!r}: in verl this library brings gvpo; verl has its own losses")
     if facts.reference not in ("rollout", "initial"):
-        raise UserError(f"reference is {facts.reference!r}: verl keeps the policy at the rollout and the initial model")
+        raise UserError(f"reference is {facts.reference!r}: in verl it is 'rollout' or 'initial'")
     if any(source.type != "policy" for source in run["sources"] or ()):
         raise UserError("sources: verl draws all completions from the policy; leave sources out")
     if run["lr_scheduler_type"] not in _SCHEDULES:
         raise UserError(f"lr_scheduler_type is {run['lr_scheduler_type']!r}: verl has constant and cosine")
+    for name in _names(run["report_to"]):
+        if name not in _TRACKERS:
+            raise UserError(f"report_to: {name!r} is none of verl's; it has {', '.join(_TRACKERS)}")
     if not run["reward_funcs"]:
         raise UserError("reward_funcs: verl scores what it draws; name a function")
