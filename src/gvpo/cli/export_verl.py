@@ -10,8 +10,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +20,6 @@ import typer
 from gvpo.cli.facts import check_has_data, show
 from gvpo.cli.options import read_config, with_config_flags
 from gvpo.errors import UserError
-from gvpo.training.config import RunConfig
 
 if TYPE_CHECKING:
     from gvpo.integrations.verl_runs.options import Facts
@@ -62,7 +60,7 @@ def export_verl(
 
     verl need not be installed here; where it is, FOLDER/run.sh --dry-run checks every option.
     """
-    from gvpo.integrations.verl_runs.options import Facts, verl_options
+    from gvpo.integrations.verl_runs.options import check_run, differences
     from gvpo.training.plan import plan_run
 
     run = read_config(config, settings)
@@ -75,65 +73,60 @@ def export_verl(
     plan = plan_run(plain, run.model, run.train_dataset, run.reward_funcs, run.eval_dataset, run.sources)
     _check_rows([*plan.rows, *plan.eval_rows])
     values = {name: getattr(run, name) for name in type(run).model_fields}
-    count = len(plan.rows) * -(-run.groups_per_rollout // len(plan.rows))
-    facts = Facts(count, 1, plan.updates, plan.reference, None, bool(plan.eval_rows))
-    # What verl cannot do is refused before a model is loaded.
-    verl_options(values, facts)
+    check_run(values, plan.reference)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
             made = Path(unfinished) / "run"
             made.mkdir()
-            facts = _write_run(run, plan, facts, made, folder, config, {"gpus": gpus, "nodes": nodes})
+            facts, options = _write_run(values, plan, made)
+            options |= {"trainer.n_gpus_per_node": gpus, "trainer.nnodes": nodes}
+            notes = differences(values, facts)
+            _write_script(made, options, notes, config, folder / "run.sh")
             os.replace(made, folder)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
-    _say(folder, values, facts)
+    show(f"{folder}", [("run.sh", "the run"), ("train.parquet", f"{facts.prompts} rows")])
+    print("\nverl does otherwise", *notes, sep="\n  ")
+    print(f"\nNext, where verl is installed: {folder / 'run.sh'} --dry-run")
 
 
-def _write_run(
-    run: RunConfig, plan: RunPlan, facts: Facts, made: Path, folder: Path, source: str, machine: dict[str, int]
-) -> Facts:
-    """Write all into `made`, which becomes `folder`. Returns the facts, now with what the tokenizer says."""
-    from gvpo.integrations.verl_runs.options import command, differences, verl_options
+def _write_run(values: Mapping[str, Any], plan: RunPlan, made: Path) -> tuple[Facts, dict[str, Any]]:
+    """Write data, and the model where verl cannot load it. Returns what they say of the run, and the options."""
+    from gvpo.integrations.verl_runs.options import Facts, verl_options
 
     rows = [*plan.rows, *plan.eval_rows]
-    model, tokenizer = _model(run, made, partial(_template, rows))
+    model, tokenizer = _model(values["model"], made, partial(_template, rows))
     template = _template(rows, tokenizer)
     longest = max(len(_as_verl(row, tokenizer, template)) for row in rows)
-    facts = replace(facts, template=template, longest_prompt=max(1, longest))
-    _write(made / "train.parquet", [*plan.rows] * (facts.prompts // len(plan.rows)))
+    # A file that does not fill a rollout is there several times: verl trains on whole batches alone.
+    batch = values["groups_per_update"] * values["updates_per_rollout"]
+    train = [*plan.rows] * -(-batch // len(plan.rows))
+    _write(made / "train.parquet", train)
     _write(made / "eval.parquet", plan.eval_rows or plan.rows[:1])
-    values = {name: getattr(run, name) for name in type(run).model_fields}
+    facts = Facts(len(train), max(1, longest), plan.updates, plan.reference, template, bool(plan.eval_rows))
     options = verl_options(values, facts)
-    options |= {"trainer.n_gpus_per_node": machine["gpus"], "trainer.nnodes": machine["nodes"]}
-    if model is not None:
-        options["actor_rollout_ref.model.path"] = model
+    return facts, options if model is None else options | {"actor_rollout_ref.model.path": model}
+
+
+def _write_script(made: Path, options: Mapping[str, Any], notes: Sequence[str], source: str, name: Path) -> None:
+    """Write run.sh, which finds its folder wherever it is moved to."""
+    from gvpo.integrations.verl_runs.options import command
+
     files = {"data.train_files": "train.parquet", "data.val_files": "eval.parquet"}
-    files |= {"actor_rollout_ref.model.path": "model"} if model is None else {}
+    files |= {} if "actor_rollout_ref.model.path" in options else {"actor_rollout_ref.model.path": "model"}
     files |= {"trainer.default_local_dir": "checkpoints"}
-    lines = [*map(shlex.quote, command(options)), *(f"{name}=\"'$quoted/{file}'\"" for name, file in files.items())]
-    script = made / "run.sh"
+    lines = [*map(shlex.quote, command(options)), *(f"{one}=\"'$quoted/{file}'\"" for one, file in files.items())]
     text = SCRIPT.format(
         source=_printable(source),
-        name=_printable(str(folder / "run.sh")),
-        notes="".join(f"# {line}\n" for line in ["What verl does otherwise:", *differences(values, facts)]),
+        name=_printable(str(name)),
+        notes="".join(f"# {line}\n" for line in ["What verl does otherwise:", *notes]),
         path=shlex.quote(str(Path.cwd())),
         options="\n".join(f"    {line} \\" for line in lines),
     )
+    script = made / "run.sh"
     script.write_text(text, encoding="utf-8")
     script.chmod(0o755)
-    return facts
-
-
-def _say(folder: Path, values: dict[str, Any], facts: Facts) -> None:
-    from gvpo.integrations.verl_runs.options import differences
-
-    show(f"{folder}", [("run.sh", "the run"), ("train.parquet", f"{facts.prompts} rows")])
-    print("\nverl does otherwise")
-    for line in differences(values, facts):
-        print(f"  {line}")
-    print(f"\nNext, where verl is installed: {folder / 'run.sh'} --dry-run")
 
 
 def _printable(text: str) -> str:
@@ -154,7 +147,7 @@ def _check_rows(rows: Iterable[Row]) -> None:
             raise UserError(f"{row.where}: ends with the assistant's turn, which verl does not go on with")
 
 
-def _model(run: RunConfig, folder: Path, check: Callable[[Any], object]) -> tuple[str | None, Any]:
+def _model(name: str, folder: Path, check: Callable[[Any], object]) -> tuple[str | None, Any]:
     """The model as verl finds it, None where it is saved into the folder as `model`, and its tokenizer.
 
     check: of the tokenizer, before anything is saved.
@@ -162,20 +155,20 @@ def _model(run: RunConfig, folder: Path, check: Callable[[Any], object]) -> tupl
     """
     from gvpo.models.loading import EMBEDDED, load_model, load_tokenizer
 
-    path = Path(run.model)
+    path = Path(name)
     if (path / "adapter_config.json").exists():
-        raise UserError(f"model {run.model}: an adapter; merge it into its model first, or set verl's lora_rank")
-    if run.model == EMBEDDED or path.suffix == ".gguf":
-        model, tokenizer = load_model(run.model)
+        raise UserError(f"model {name}: an adapter; merge it into its model first, or set verl's lora_rank")
+    if name == EMBEDDED or path.suffix == ".gguf":
+        model, tokenizer = load_model(name)
         assert tokenizer is not None
         check(tokenizer)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         return None, tokenizer
-    tokenizer = load_tokenizer(run.model)
+    tokenizer = load_tokenizer(name)
     if tokenizer is None:
-        raise UserError(f"model {run.model}: has no tokenizer, and verl needs one")
-    return (str(path.resolve()) if path.exists() else run.model), tokenizer
+        raise UserError(f"model {name}: has no tokenizer, and verl needs one")
+    return (str(path.resolve()) if path.exists() else name), tokenizer
 
 
 def _template(rows: Sequence[Row], tokenizer: Any) -> str | None:

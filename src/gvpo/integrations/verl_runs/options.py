@@ -65,6 +65,23 @@ class Facts:
     evaluates: bool
 
 
+def check_run(run: Mapping[str, Any], reference: str | int) -> None:
+    """Raise UserError for what would be another run in verl. run: as in `verl_options`."""
+    if run["objective"] != "gvpo":
+        raise UserError(f"objective is {run['objective']!r}: in verl this library brings gvpo; verl has its own losses")
+    if reference not in ("rollout", "initial"):
+        raise UserError(f"reference is {reference!r}: in verl it is 'rollout' or 'initial'")
+    if any(source.type != "policy" for source in run["sources"] or ()):
+        raise UserError("sources: verl draws all completions from the policy; leave sources out")
+    if run["lr_scheduler_type"] not in _SCHEDULES:
+        raise UserError(f"lr_scheduler_type is {run['lr_scheduler_type']!r}: verl has constant and cosine")
+    for name in _names(run["report_to"]):
+        if name not in _TRACKERS:
+            raise UserError(f"report_to: {name!r} is none of verl's; it has {', '.join(_TRACKERS)}")
+    if not run["reward_funcs"]:
+        raise UserError("reward_funcs: verl scores what it draws; name a function")
+
+
 def verl_options(run: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """Every setting of a run in verl's names, in order; files and model are left to the caller.
 
@@ -73,7 +90,7 @@ def verl_options(run: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
 
     Raises UserError for what would be another run.
     """
-    _refuse(run, facts)
+    check_run(run, facts.reference)
     updates = run["updates_per_rollout"] * run["epochs_per_rollout"]
     batch, steps = run["groups_per_update"] * run["updates_per_rollout"], -(-facts.updates // updates)
     longest = facts.longest_prompt + run["max_completion_length"]
@@ -162,20 +179,3 @@ def _written(value: Any) -> str:
     # Backslashes count for hydra before a quote and at the end alone.
     text = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)
     return f"'{text}'"
-
-
-def _refuse(run: Mapping[str, Any], facts: Facts) -> None:
-    """Raise UserError for what would be another run in verl."""
-    if run["objective"] != "gvpo":
-        raise UserError(f"objective is {run['objective']!r}: in verl this library brings gvpo; verl has its own losses")
-    if facts.reference not in ("rollout", "initial"):
-        raise UserError(f"reference is {facts.reference!r}: in verl it is 'rollout' or 'initial'")
-    if any(source.type != "policy" for source in run["sources"] or ()):
-        raise UserError("sources: verl draws all completions from the policy; leave sources out")
-    if run["lr_scheduler_type"] not in _SCHEDULES:
-        raise UserError(f"lr_scheduler_type is {run['lr_scheduler_type']!r}: verl has constant and cosine")
-    for name in _names(run["report_to"]):
-        if name not in _TRACKERS:
-            raise UserError(f"report_to: {name!r} is none of verl's; it has {', '.join(_TRACKERS)}")
-    if not run["reward_funcs"]:
-        raise UserError("reward_funcs: verl scores what it draws; name a function")
