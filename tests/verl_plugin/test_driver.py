@@ -1,18 +1,20 @@
-"""What the plug-in does on verl's driver, by stand-ins for its trainers and batches."""
+"""What the plug-in does beside the gradient, by stand-ins for verl's trainers, batches and workers."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 import verl  # noqa: F401
 from omegaconf import OmegaConf
+from transformers import LlamaConfig
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from gvpo.integrations.verl import driver
-from gvpo.integrations.verl.worker import RECOMPUTED
+from gvpo.integrations.verl.worker import RECOMPUTED, GVPOTrainingWorker, policy_loss
 
 SCORES = (PPOTrainer._compute_old_log_prob, PPOTrainerSeparateAsync._compute_old_log_prob)
 
@@ -105,3 +107,15 @@ def test_other_losses_are_not_touched():
     batch = SimpleNamespace(extra_info={})
     driver._update(SCORES, lambda *args: None, make_trainer(PPOTrainerSync, loss_mode="vanilla"), batch, {})
     assert batch.extra_info == {}
+
+
+def test_dropout_is_warned_of():
+    worker = SimpleNamespace(model_config=SimpleNamespace(hf_config=LlamaConfig(attention_dropout=0.1)))
+    with pytest.warns(UserWarning, match=r"attention_dropout=0\.1 in the model"):
+        GVPOTrainingWorker._warn_of_dropout(worker)
+
+
+def test_the_loss_refuses_workers_that_do_not_know_groups():
+    """Never a mean over what one micro-batch happens to hold."""
+    with pytest.raises(RuntimeError, match="only gvpo's training worker has"):
+        policy_loss(old_log_prob=None, log_prob=torch.zeros(2, 3), response_mask=torch.ones(2, 3))
