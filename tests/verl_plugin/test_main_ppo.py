@@ -96,5 +96,21 @@ def test_the_reward_rises(environment, folder, data, tmp_path):
     assert mean(steps[-3:], "gvpo/reward") > mean(steps[:3], "gvpo/reward") + 0.4
 
 
+def test_the_older_trainer_tears_groups_and_is_exact_all_the_same(environment, folder, data, tmp_path):
+    """It keeps verl's order of rows, so that mini-batches hold parts of groups; metrics keep its prefix."""
+    options = [
+        "trainer.use_v1=False",
+        "data.train_batch_size=8",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "trainer.total_training_steps=2",
+    ]
+    steps = run(environment, folder, data, tmp_path / "run", 2, *options)
+    assert [step["training/global_step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["actor/gvpo/members_per_group"] == 4
+        assert step["actor/gvpo/groups"] == 4
+        assert step["actor/gvpo/split_groups"] > 0
+
+
 def mean(steps: list[dict[str, float]], name: str) -> float:
     return sum(step[name] for step in steps) / len(steps)

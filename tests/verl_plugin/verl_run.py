@@ -29,7 +29,7 @@ ray_kwargs.ray_init.num_cpus=32
 """
 """What no run on a GPU needs; every name is verl's own."""
 
-_METRIC = re.compile(r"([\w/]+):(-?[\d.]+(?:e-?\d+)?|nan)")
+_METRIC = re.compile(r"([\w/]+):(?:np\.float64\()?(-?[\d.]+(?:e-?\d+)?|nan)")
 """As verl's console logger writes one."""
 
 
