@@ -35,10 +35,8 @@ _METRIC = re.compile(r"([\w/]+):(?:np\.float64\()?(-?[\d.]+(?:e-?\d+)?|nan)")
 
 def steps_of(command: Sequence[str | Path], environment: Mapping[str, str], folder: Path) -> list[dict[str, float]]:
     """Run it in this folder, which gets its log. Returns the metrics of its steps."""
-    machine = [*MACHINE.split()]
-    done = subprocess.run(
-        [*command, *machine], env=environment, capture_output=True, text=True, timeout=560, cwd=folder
-    )
+    whole = [*command, *MACHINE.split()]
+    done = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=560, cwd=folder)
     log = done.stdout + done.stderr
     (folder / "log").write_text(log, encoding="utf-8")
     assert done.returncode == 0, log[-4000:]

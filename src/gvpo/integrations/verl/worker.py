@@ -98,11 +98,12 @@ class GVPOTrainingWorker(engine_workers.ActorRolloutRefWorker.actor_worker_cls):
         batch = self._batch or self._take(data)
         if batch is None:
             return super().train_batch(data)
-        self.engine.train_batch = partial(self._step, batch, self.engine.train_batch)
+        step = self.engine.train_batch
+        self.engine.train_batch = partial(self._step, batch, step)
         try:
             return super().train_batch(data)
         finally:
-            del self.engine.train_batch  # the class's own again
+            self.engine.train_batch = step
 
     def _take(self, data: TensorDict) -> _Batch | None:
         """Number this rank's rows, and learn about those of all ranks; None where the loss is not GVPO's."""

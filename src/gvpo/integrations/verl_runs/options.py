@@ -93,7 +93,8 @@ def verl_options(run: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     check_run(run, facts.reference)
     updates = run["updates_per_rollout"] * run["epochs_per_rollout"]
     batch, steps = run["groups_per_update"] * run["updates_per_rollout"], -(-facts.updates // updates)
-    longest = facts.longest_prompt + run["max_completion_length"]
+    # verl refuses a sequence that is longer than a micro-batch may be.
+    tokens = max(run["token_budget"] or 0, facts.longest_prompt + run["max_completion_length"])
 
     def rollouts(count: int | None) -> int:
         return steps if count is None else -(-count // updates)
@@ -109,16 +110,12 @@ def verl_options(run: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         f"{_ACTOR}.optim.clip_grad": run["max_grad_norm"] or 1e9,
         f"{_ACTOR}.optim.lr_scheduler_type": _SCHEDULES[run["lr_scheduler_type"]],
         f"{_ACTOR}.optim.lr_warmup_steps": rollouts(run["warmup_steps"]),
-        f"{_ACTOR}.ppo_max_token_len_per_gpu": max(run["token_budget"] or 0, longest),
-        f"{_ROLLOUT}.log_prob_max_token_len_per_gpu": max(run["token_budget"] or 0, longest),
+        f"{_ACTOR}.ppo_max_token_len_per_gpu": tokens,
+        f"{_ROLLOUT}.log_prob_max_token_len_per_gpu": tokens,
         "trainer.total_training_steps": steps,
         "trainer.total_epochs": -(-steps // (facts.prompts // batch)),
         "trainer.save_freq": rollouts(run["save_steps"]),
-        "trainer.test_freq": -1
-        if not facts.evaluates
-        else steps
-        if run["eval_steps"] is None
-        else rollouts(run["eval_steps"]),
+        "trainer.test_freq": rollouts(run["eval_steps"]) if facts.evaluates else -1,
         "trainer.logger": ["console", *(name for name in _names(run["report_to"]) if name != "none")],
         "trainer.experiment_name": run["run_name"] or PurePath(run["output_dir"] or "run").name,
     }
@@ -126,7 +123,7 @@ def verl_options(run: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         # verl computes the reference's log-probs where its own KL term is on; with coefficient 0 it adds nothing.
         options |= {f"+{_LOSS}.gvpo_reference": "ref", f"{_ACTOR}.use_kl_loss": True, f"{_ACTOR}.kl_loss_coef": 0.0}
         options |= {"actor_rollout_ref.ref.log_prob_use_dynamic_bsz": True}
-        options |= {"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": max(run["token_budget"] or 0, longest)}
+        options |= {"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": tokens}
     if not run["bf16"]:
         roles = (_ACTOR, "actor_rollout_ref.ref") if facts.reference == "initial" else (_ACTOR,)
         options |= {f"+{role}.fsdp_config.mixed_precision.{name}_dtype": "fp32" for role in roles for name in _DTYPES}
