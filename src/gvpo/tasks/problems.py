@@ -1,8 +1,7 @@
 r"""A problem with its accepted answers, and how rows of data sets and files become one.
 
-Covered: the columns of `PROBLEM_COLUMNS` and `ANSWER_COLUMNS`; an answer that is a number, a text, a list of them, a
-whole GSM8K solution (`#### 72`) or, in the column `solution`, a MATH one (`\boxed{72}`). Not covered: problems with
-images.
+Covered: the columns `PROBLEM_COLUMNS` and `ANSWER_COLUMNS`; an answer that is a number, a text, a list of them, a whole
+GSM8K solution (`#### 72`) or, in the column `solution`, a MATH one (`\boxed{72}`). Not covered: problems with images.
 """
 
 from __future__ import annotations
@@ -14,21 +13,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gvpo.errors import FieldError, UserError, located
+from gvpo.groups import DATASET_KEYS
 
 PROBLEM_COLUMNS = ("problem", "question")
 ANSWER_COLUMNS = ("answers", "answer", "final_answer", "solution")
-"""Where a row's problem and answers are looked for, the first that it has."""
+"""Where a row's problem and its answers are looked for: the first that is there and not null."""
 
-_GSM8K = re.compile(r"####[ \t]*([^\n]*)\s*$")
-_BOXED = re.compile(r"\\f?boxed\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BARE = re.compile(r"\\[A-Za-z]+|[^\s$\\]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A problem and its accepted answers.
 
-    text: the problem statement. answers: at least one, each a text that is not blank. id: stable, "TASK/NUMBER" with
-    the number from 0. where: how messages name it ("amc.jsonl, line 3"). columns: what else the row has.
+    text: the problem statement. answers: at least one, none blank. id: stable, "TASK/NUMBER" with the number from 0.
+    where: how messages name it ("amc.jsonl, line 3"). columns: what else the row has.
     """
 
     text: str
@@ -45,59 +46,55 @@ def read_problem(
     problem_columns: Sequence[str] = PROBLEM_COLUMNS,
     answer_columns: Sequence[str] = ANSWER_COLUMNS,
 ) -> Problem:
-    """The problem in a row, checked. Raises UserError naming `where`, the field, and how to mend it."""
+    """The problem in a row, checked; a whole solution that the answer was read from is kept as the column `solution`.
+
+    Raises UserError, one line, naming `where`, the field, and how to mend it.
+    """
     with located(where):
         if not isinstance(row, Mapping):
-            raise UserError(
-                f"expected an object with {problem_columns[0]!r} and {answer_columns[0]!r}, got {row!r:.60}"
-            )
+            columns = " and ".join(repr(names[0]) for names in (problem_columns, answer_columns))
+            raise UserError(f"expected an object with {columns}, got {row!r:.60}")
         problem, answer = _present(row, problem_columns), _present(row, answer_columns)
-        text = row[problem]
-        if not isinstance(text, str):
-            raise FieldError(problem, f"expected a text, got {_shown(text)}; give the problem statement")
-        if not text.strip():
-            raise FieldError(problem, "empty; give the problem statement, or remove the row")
+        text = _text(problem, row[problem], "the problem statement")
         answers = read_answers(answer, row[answer])
-        columns = {str(key): value for key, value in row.items() if key not in (problem, answer)}
-        if answer == "solution" or (isinstance(row[answer], str) and answers != [row[answer].strip()]):
-            columns["solution"] = row[answer]
+        columns = {str(key): value for key, value in row.items() if key not in {problem, answer, *DATASET_KEYS}}
+        if isinstance(row[answer], str) and answers != [row[answer].strip()]:
+            columns.setdefault("solution", row[answer])
         return Problem(text, answers, id, where, columns)
 
 
 def read_answers(column: str, value: Any) -> list[str]:
-    """The accepted answers in a column's value, stripped of white space at their ends.
+    """The accepted answers in a column's value, without white space at their ends; whole numbers without a point.
 
-    Raises FieldError for none, a blank one, and what is neither a text nor a finite number.
+    Raises FieldError for an empty list, a blank answer, and what is neither a text nor a finite number.
     """
-    values = value if isinstance(value, list | tuple) else [value]
-    if not values:
+    if not isinstance(value, list | tuple):
+        return [_answer(column, value, column)]
+    if not value:
         raise FieldError(column, "an empty list; give at least one accepted answer, or remove the row")
-    names = [f"{column}[{i}]" for i in range(len(values))] if values is value else [column]
-    return [_answer(name, column, one) for name, one in zip(names, values, strict=True)]
+    return [_answer(f"{column}[{i}]", one, column) for i, one in enumerate(value)]
 
 
 def gsm8k_final(solution: str) -> str | None:
-    """What a GSM8K solution has after `####` on its last line, thousands commas removed; None without that."""
-    match = _GSM8K.search(solution)
-    return match[1].strip().replace(",", "") if match else None
+    """What stands after the last `####` of a GSM8K solution, thousands commas removed; None without one."""
+    _, mark, final = solution.rpartition("####")
+    return final.strip().replace(",", "") if mark else None
 
 
 def last_boxed(solution: str) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` (braces may nest) or `\boxed 5`; None without one."""
-    last = None
-    for last in _BOXED.finditer(solution):  # noqa: B007
-        pass
-    if last is None:
+    r"""What is in the last `\boxed{...}` or `\fbox{...}`, braces may nest, or after `\boxed `; None without one."""
+    boxes = list(_BOX.finditer(solution))
+    if not boxes:
         return None
-    start = last.end()
+    start = boxes[-1].end()
     if not solution.startswith("{", start):
-        bare = re.match(r"[^\s$]+", solution[start:])
+        bare = _BARE.match(solution, start)
         return bare[0] if bare else None
     depth = 0
-    for place in range(start, len(solution)):
-        depth += {"{": 1, "}": -1}.get(solution[place], 0)
+    for brace in _BRACE.finditer(solution, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # \{ and \} are characters of the answer
         if depth == 0:
-            return solution[start + 1 : place].strip()
+            return solution[start + 1 : brace.start()].strip()
     return None
 
 
@@ -105,27 +102,35 @@ def _present(row: Mapping[Any, Any], names: Sequence[str]) -> str:
     for name in names:
         if row.get(name) is not None:
             return name
-    has = ", ".join(map(str, row)) or "nothing"
-    state = "null" if any(name in row for name in names) else "missing"
-    raise FieldError(names[0], f"{state} (the row has {has}); give it as {' or '.join(map(repr, names))}")
+    given = [name for name in names if name in row]
+    state = "null" if given else f"missing (the row has {', '.join(map(str, row)) or 'nothing'})"
+    choice = " or ".join(map(repr, names))
+    raise FieldError([*given, *names][0], f"{state}; give it as {choice}, or remove the row")
 
 
-def _answer(name: str, column: str, value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(int(value) if value == int(value) else value)
-    if not isinstance(value, str):
-        raise FieldError(name, f"expected a text or a finite number, got {_shown(value)}; give the accepted answer")
-    text = value.strip()
+def _answer(name: str, value: Any, column: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FieldError(name, f"{value} is non-finite; give the accepted answer as a text or a number")
+        return str(int(value)) if value == int(value) else repr(value)
+    text = _text(name, value, "an accepted answer").strip()
     if column == "solution":
-        found = last_boxed(text) or gsm8k_final(text)
-        if not found:
-            raise FieldError(name, r"holds no answer in \boxed{}; give it in a column 'answer'")
-        return found
-    text = gsm8k_final(text) if "####" in text else text
-    if not text:
-        raise FieldError(name, "an empty text; give the accepted answer, or remove the row")
-    return text
+        found, mark = last_boxed(text) or gsm8k_final(text), r"\boxed{} or after ####"
+    else:
+        found, mark = gsm8k_final(text) if "####" in text else text, "after ####"
+    if not found:
+        raise FieldError(name, f"a solution without an answer in {mark}; give the answer in a column 'answer'")
+    return found
 
 
-def _shown(value: Any) -> str:
-    return str(value) if value is None or isinstance(value, bool | float) else type(value).__name__
+def _text(name: str, value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        shown = str(value) if isinstance(value, bool | int | float | None) else type(value).__name__
+        raise FieldError(name, f"expected a text, got {shown}; give {what}, or remove the row")
+    if not value.strip():
+        raise FieldError(name, f"empty; give {what}, or remove the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # neither a file nor a tokenizer could take it
+        raise FieldError(name, f"half of a surrogate pair at character {error.start + 1}; remove it") from None
+    return value

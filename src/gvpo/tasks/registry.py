@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from gvpo.group_files import numbered_rows
 from gvpo.hub import check_hub
 from gvpo.tasks.problems import Problem, read_problem
 
+FILES = (".jsonl", ".parquet")
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """A known set of problems.
 
-    hub: "owner/name". config: the dataset's configuration, None for its only one. problem, answer: its columns.
-    size: how many problems it has. samples: completions per problem in an evaluation, by default.
+    hub: "owner/name" of the dataset there. config: its configuration, None for its only one. problem, answer: its
+    columns. size: how many problems there are. samples: completions per problem in an evaluation, by default.
     """
 
     hub: str
@@ -34,27 +36,25 @@ class Task:
 TASKS: dict[str, Task] = {
     "gsm8k": Task("openai/gsm8k", "main", "test", "question", "answer", 1319),
     "gsm8k-train": Task("openai/gsm8k", "main", "train", "question", "answer", 7473),
-    "math": Task("DigitalLearningGmbH/MATH-lighteval", None, "train", "problem", "solution", 7500),
-    "math-test": Task("DigitalLearningGmbH/MATH-lighteval", None, "test", "problem", "solution", 5000),
+    "math": Task("DigitalLearningGmbH/MATH-lighteval", "default", "train", "problem", "solution", 7500),
+    "math-test": Task("DigitalLearningGmbH/MATH-lighteval", "default", "test", "problem", "solution", 5000),
     "math500": Task("HuggingFaceH4/MATH-500", None, "test", "problem", "answer", 500),
     "aime24": Task("HuggingFaceH4/aime_2024", None, "train", "problem", "answer", 30, samples=32),
     "amc": Task("AI-MO/aimo-validation-amc", None, "train", "problem", "answer", 83),
     "minerva": Task("math-ai/minervamath", None, "test", "question", "answer", 272),
-    "olympiadbench": Task("math-ai/olympiadbench", None, "test", "question", "final_answer", 675),
+    "olympiadbench": Task("knoveleng/OlympiadBench", None, "train", "question", "answer", 675),
 }
 
 SUITES: dict[str, tuple[str, ...]] = {"math": ("aime24", "amc", "math500", "minerva", "olympiadbench")}
-
-Numbered = Iterator[tuple[str, Any]]
-"""Rows, each after where it is."""
 
 
 def load_problems(name: str, *, data_dir: str | Path | None = None, limit: int | None = None) -> list[Problem]:
     """The problems of a task, in its order.
 
-    name: a key of TASKS, read from data_dir/NAME.jsonl where data_dir is given, else from the hub; or a .jsonl or
-    .parquet file; or "gym:NAME[:SIZE[:SEED]]", a reasoning-gym task. limit: only the first so many, at least 1.
-    Raises UserError, one line, naming file, line (from 1) and field.
+    name: a key of TASKS, read from data_dir/NAME.jsonl (or .parquet) where data_dir is given, else from the hub; or a
+    .jsonl or .parquet file; or "gym:NAME[:SIZE[:SEED]]", a reasoning-gym task. limit: only the first so many.
+    Raises UserError, one line, naming file, line (from 1) and field; also where a known task has not its known size,
+    for then its results could be compared with no others.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: give 1 or more, or leave it out for all")
@@ -63,31 +63,60 @@ def load_problems(name: str, *, data_dir: str | Path | None = None, limit: int |
 
         return gym_problems(name, limit)
     if name in TASKS:
-        return _task_problems(name, data_dir, limit)
-    if name.endswith((".jsonl", ".parquet")):
-        return _problems(Path(name).stem, numbered_rows(name), name, limit)
-    raise UserError(f"task {name!r}: neither a known task nor a .jsonl or .parquet file; {nearest(name, TASKS)}")
+        return _known(name, data_dir, limit)
+    if files := task_files(name, data_dir):
+        return _from_file(files[0].stem, files[0], limit)
+    raise UserError(
+        f"task {name!r}: neither a known task, nor a .jsonl or .parquet file, nor gym:NAME; {nearest(name, TASKS)}"
+    )
 
 
-def _task_problems(name: str, data_dir: str | Path | None, limit: int | None) -> list[Problem]:
+def task_files(name: str, data_dir: str | Path | None) -> list[Path]:
+    """The files that a task may be read from, the first that is there; none for the hub and reasoning-gym."""
+    if name in TASKS:
+        return [] if data_dir is None else [Path(data_dir) / f"{name}{suffix}" for suffix in FILES]
+    return [Path(name)] if Path(name).suffix.lower() in FILES else []
+
+
+def _known(name: str, data_dir: str | Path | None, limit: int | None) -> list[Problem]:
     task = TASKS[name]
     if data_dir is None:
-        return _problems(name, _hub_rows(name, task), task.hub, limit)
-    path = Path(data_dir) / f"{name}.jsonl"
-    return _problems(name, numbered_rows(path), str(path), limit)
-
-
-def _problems(name: str, rows: Numbered, source: str, limit: int | None) -> list[Problem]:
-    some = itertools.islice(rows, limit)
-    problems = [read_problem(row, where, f"{name}/{number}") for number, (where, row) in enumerate(some)]
-    if not problems:
-        raise UserError(f"{source}: no rows; give at least one problem")
+        source, problems = task.hub, _from_hub(name, task, limit)
+    else:
+        paths = task_files(name, data_dir)
+        path = next((path for path in paths if path.exists()), paths[0])
+        source, problems = str(path), _from_file(name, path, limit)
+    if len(problems) != min(task.size, limit or task.size):
+        raise UserError(
+            f"{source}: {len(problems)} problems, and {name} has {task.size}, so this is another set; give the right "
+            "one, or a file as the task's name for a set of your own"
+        )
     return problems
 
 
-def _hub_rows(name: str, task: Task) -> Numbered:
+def _from_file(name: str, path: Path, limit: int | None) -> list[Problem]:
+    rows = itertools.islice(numbered_rows(path), limit)
+    problems = [read_problem(row, where, f"{name}/{i}") for i, (where, row) in enumerate(rows)]
+    if not problems:
+        raise UserError(f"{path}: no rows; give at least one problem")
+    return problems
+
+
+def _from_hub(name: str, task: Task, limit: int | None) -> list[Problem]:
+    rows = itertools.islice(_hub_rows(name, task), limit)
+    return [
+        read_problem(row, f"{task.hub}:{task.split}, row {i + 1}", f"{name}/{i}", (task.problem,), (task.answer,))
+        for i, row in enumerate(rows)
+    ]
+
+
+def _hub_rows(name: str, task: Task) -> Iterable[Any]:
+    advice = f"put the problems in FOLDER/{name}.jsonl and give FOLDER as data_dir"
+    check_hub("dataset", task.hub, advice)
     from datasets import load_dataset
 
-    check_hub("dataset", task.hub, f"put the problems in FOLDER/{name}.jsonl and give FOLDER as data_dir")
-    dataset = load_dataset(task.hub, task.config, split=task.split)
-    return ((f"{task.hub} {task.split}, row {number}", row) for number, row in enumerate(dataset, start=1))
+    try:
+        return load_dataset(task.hub, task.config, split=task.split)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"task {name!r}: {task.hub} could not be loaded from the hub ({reason}); {advice}") from error
