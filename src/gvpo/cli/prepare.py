@@ -68,8 +68,20 @@ def prepare(
         int, typer.Option("--ngram", min=1, metavar="INT", help="Words that two problems share.", show_default=True)
     ] = 13,
     drop_overlap: Annotated[
-        bool, typer.Option("--drop_overlap", help="Leave out the rows that share an n-gram with a test problem.")
+        bool,
+        typer.Option("--drop_overlap", help="Leave out the problems that share --ngram words with a test problem."),
     ] = False,
+    min_share: Annotated[
+        float,
+        typer.Option(
+            "--min_share",
+            min=0,
+            max=1,
+            metavar="FLOAT",
+            help="Leave them out only if they have this share of the test problem's n-grams; 0 = one is enough.",
+            show_default=True,
+        ),
+    ] = 0.0,
     report: Annotated[
         str | None, typer.Option("--report", metavar="FILE.json", help="Write here all that is shared, with the texts.")
     ] = None,
@@ -78,7 +90,7 @@ def prepare(
 
     The rows have the columns prompt, answers, problem and id; gvpo train --reward_funcs math_accuracy takes them.
     """
-    from gvpo.tasks.overlap import index_tests, measure_overlap, shared_grams
+    from gvpo.tasks.overlap import index_tests, largest_share, measure_overlap
     from gvpo.tasks.registry import load_problems
     from gvpo.tasks.templates import find_template, prompt_rows
 
@@ -91,7 +103,8 @@ def prepare(
         index = index_tests(_tests(check_against, data_dir), ngram)
         _report(measure_overlap(index, ((problem.where, problem.text) for problem in problems)), report)
         if drop_overlap:
-            kept = [problem for problem in problems if not shared_grams(index, problem.text)]
+            shares = [largest_share(index, problem.text) for problem in problems]
+            kept = [one for one, share in zip(problems, shares, strict=True) if share == 0 or share < min_share]
     if out is not None:
         if not kept:
             raise UserError("--drop_overlap leaves no row: every problem shares words with a test problem")
@@ -185,7 +198,7 @@ def _show(overlap: Overlap) -> None:
         nearest = f"{found[0].id}, {found[0].share:.0%}: {found[0].nearest}" if found else ""
         table.add_row(name, str(size), str(len(found)), str(many), str(same), nearest)
     console.print(table, highlight=False, markup=False)
-    shared = f"share {overlap.n} words in a row with a test problem"
-    print(f"{overlap.flagged} of {overlap.texts} training problems {shared}")
+    shared = f"share {overlap.n} words in a row with a test problem, or are one"
+    print(f"{overlap.flagged} of {overlap.texts} problems {shared}")
     if overlap.short:
-        print(f"{overlap.short} test problems have fewer words: only the same problem would be found")
+        print(f"{overlap.short} test problems have fewer words: they are found only where they are whole")

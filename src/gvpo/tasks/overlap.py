@@ -27,7 +27,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True, slots=True)
-class TestIndex:
+class OverlapIndex:
     """Where each n-gram of the test problems is: (problem's place in the list, n-gram's place in it)."""
 
     n: int
@@ -80,7 +80,7 @@ class Overlap:
         return asdict(self)
 
 
-def index_tests(problems: Sequence[Problem], n: int = NGRAM) -> TestIndex:
+def index_tests(problems: Sequence[Problem], n: int = NGRAM) -> OverlapIndex:
     """The index that training texts are compared with; n: words in an n-gram, at least 1."""
     assert n >= 1
     places: dict[Gram, list[tuple[int, int]]] = defaultdict(list)
@@ -93,10 +93,10 @@ def index_tests(problems: Sequence[Problem], n: int = NGRAM) -> TestIndex:
         wholes[words].append(number)
         for place, gram in enumerate(grams):
             places[gram].append((number, place))
-    return TestIndex(n, problems, sizes, dict(places), dict(wholes))
+    return OverlapIndex(n, problems, sizes, dict(places), dict(wholes))
 
 
-def shared_grams(index: TestIndex, text: str) -> dict[int, set[int]]:
+def shared_grams(index: OverlapIndex, text: str) -> dict[int, set[int]]:
     """For each test problem, by its place in the list, that shares n-grams with the text: which of its n-grams."""
     shared: dict[int, set[int]] = defaultdict(set)
     for gram in _grams(normalised_words(text), index.n):
@@ -105,7 +105,12 @@ def shared_grams(index: TestIndex, text: str) -> dict[int, set[int]]:
     return dict(shared)
 
 
-def measure_overlap(index: TestIndex, texts: Iterable[tuple[str, str]]) -> Overlap:
+def largest_share(index: OverlapIndex, text: str) -> float:
+    """The most that the text has of any test problem, as a share of that problem's n-grams, 0 to 1."""
+    return max((len(grams) / index.sizes[number] for number, grams in shared_grams(index, text).items()), default=0.0)
+
+
+def measure_overlap(index: OverlapIndex, texts: Iterable[tuple[str, str]]) -> Overlap:
     """What the training texts, each after where it is, share with the test problems."""
     found: dict[int, Overlapping] = {}
     covered: dict[int, set[int]] = defaultdict(set)

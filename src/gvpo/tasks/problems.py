@@ -115,11 +115,11 @@ def _answer(name: str, value: Any, column: str) -> str:
         return str(int(value)) if value == int(value) else repr(value)
     text = _text(name, value, "an accepted answer").strip()
     if column == "solution":
-        found, mark = last_boxed(text) or gsm8k_final(text), r"\boxed{} or after ####"
+        found, mark = last_boxed(text) or gsm8k_final(text), r"in \boxed{} or after ####"
     else:
         found, mark = gsm8k_final(text) if "####" in text else text, "after ####"
     if not found:
-        raise FieldError(name, f"a solution without an answer in {mark}; give the answer in a column 'answer'")
+        raise FieldError(name, f"a solution without an answer {mark}; give the answer in a column 'answer'")
     return found
 
 
