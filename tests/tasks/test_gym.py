@@ -52,6 +52,7 @@ class TestWithThePackage:
 
     def test_defaults_and_limit(self):
         few = load_problems("gym:leg_counting", limit=2)
+        assert len(few) == 2
         assert [problem.text for problem in few] == [
             problem.text for problem in load_problems("gym:leg_counting:500:0", limit=2)
         ]
