@@ -1,0 +1,105 @@
+r"""Which completions of a problem give the same answer: what a majority vote counts.
+
+Answers are compared as text first, runs of white space as one, integers by value. What is left is compared as
+mathematics, by `gvpo.rewards.equivalence.is_equivalent`, in processes that can be killed: a model's answer may be an
+expression that no algebra system comes to an end with. Such a pair is not known to be equal, and counts as different.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gvpo.rewards.limits import Limits
+from gvpo.rewards.pool import GIVE_UP, RewardPool
+
+Equal = Callable[[Sequence[tuple[str, list[str]]]], list[list[bool]]]
+"""For each of some answers, and others that it is compared with, which of these are the same."""
+
+SECONDS = 10.0
+
+_INTEGER = re.compile(r"[-+]?[0-9]{1,30}")
+
+
+def number_votes(
+    answers: Sequence[Sequence[str | None]], right: Sequence[Sequence[bool]], equal: Equal
+) -> list[list[int | None]]:
+    """For each problem and completion the number of its answer, from 0 as they come; None where it has none.
+
+    right: one that is right and one that is not are never the same, and not compared. An answer belongs to the first
+    one that it equals. All problems are compared together, one answer of each against what is left of them a round.
+    """
+    left = [_texts(*problem) for problem in zip(answers, right, strict=True)]
+    numbers: list[dict[str, int]] = [{} for _ in left]
+    while any(left):
+        rounds = [(p, *_next_round(texts)) for p, texts in enumerate(left) if texts]
+        asked = [(p, first, others) for p, first, others in rounds if others]
+        found = equal([(first, others) for _, first, others in asked]) if asked else []
+        same = {p: list(itertools.compress(others, which)) for (p, _, others), which in zip(asked, found, strict=True)}
+        for p, first, _ in rounds:
+            number = len(set(numbers[p].values()))
+            for text in [first, *same.get(p, [])]:
+                numbers[p][text] = number
+                del left[p][text]
+    return [
+        [None if answer is None else known[_text(answer)] for answer in problem]
+        for problem, known in zip(answers, numbers, strict=True)
+    ]
+
+
+class EqualInWorkers:
+    """`Equal` by mathematics, in killable processes, which start with the first comparison."""
+
+    def __init__(self) -> None:
+        self._pool: RewardPool | None = None
+
+    def __call__(self, asked: Sequence[tuple[str, list[str]]]) -> list[list[bool]]:
+        """See `Equal`."""
+        self._pool = self._pool or RewardPool([f"{__name__}:{same_answer.__name__}"], Limits(SECONDS))
+        (function,) = self._pool.functions
+        waiting = []
+        for n, (first, others) in enumerate(asked):
+            # A pool gives up on a name under which so many in a row fail; one answer may well hang against them all.
+            parts = [others[at : at + GIVE_UP - 1] for at in range(0, len(others), GIVE_UP - 1)]
+            waiting.append(
+                [
+                    function.submit(
+                        f"same_answer {n}.{m}", {"completions": part, "other": [first] * len(part)}, len(part)
+                    )
+                    for m, part in enumerate(parts)
+                ]
+            )
+        return [[value == 1.0 for part in parts for value in part.result().values] for parts in waiting]
+
+
+def same_answer(*, completions: Sequence[str], other: Sequence[str], **columns: Any) -> list[float]:
+    """A reward function: 1.0 where the completion, an answer alone, equals `other`."""
+    from gvpo.rewards.equivalence import is_equivalent
+
+    return [float(is_equivalent(one, another)) for one, another in zip(completions, other, strict=True)]
+
+
+def _text(answer: str) -> str:
+    text = " ".join(answer.split())
+    return str(int(text)) if _is_integer(text) else text
+
+
+def _texts(answers: Sequence[str | None], right: Sequence[bool]) -> dict[str, set[bool]]:
+    """The answers as text, each with whether it is right; both, where the verifier looks at more than the answer."""
+    texts: dict[str, set[bool]] = {}
+    for answer, is_right in zip(answers, right, strict=True):
+        if answer is not None:
+            texts.setdefault(_text(answer), set()).add(is_right)
+    return texts
+
+
+def _next_round(texts: dict[str, set[bool]]) -> tuple[str, list[str]]:
+    """The first answer, and those that only mathematics can tell whether they are the same."""
+    first, *rest = texts
+    return first, [one for one in rest if texts[one] & texts[first] and not (_is_integer(one) and _is_integer(first))]
+
+
+def _is_integer(text: str) -> bool:
+    return _INTEGER.fullmatch(text) is not None

@@ -1,0 +1,74 @@
+"""Votes: which answers are the same, and how often anybody is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from gvpo.evaluation.votes import number_votes
+
+SAME = [{"1/2", "0.5", "\\frac12"}, {"x+1", "1+x"}]
+
+
+class Judge:
+    """Knows what SAME says, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[str, list[str]]]] = []
+
+    def __call__(self, asked: Sequence[tuple[str, list[str]]]) -> list[list[bool]]:
+        self.calls.append(list(asked))
+        return [[any({first, one} <= same for same in SAME) for one in others] for first, others in asked]
+
+
+def votes(answers: list[str | None], right: str | None = None) -> tuple[list[int | None], Judge]:
+    judge = Judge()
+    flags = [mark == "r" for mark in right or "w" * len(answers)]
+    (numbered,) = number_votes([answers], [flags], judge)
+    return numbered, judge
+
+
+def test_texts_that_are_equal_need_no_judge() -> None:
+    numbered, judge = votes(["7", " 7", "007", "+7", None, "8"])
+    assert (numbered, judge.calls) == ([0, 0, 0, 0, None, 1], [])
+
+
+def test_mathematics_joins_what_text_does_not() -> None:
+    numbered, judge = votes(["0.5", "x+1", "1/2", "3", "\\frac12", "1+x", "1/2"])
+    assert numbered == [0, 1, 0, 2, 0, 1, 0]
+    assert judge.calls[0] == [("0.5", ["x+1", "1/2", "3", "\\frac12", "1+x"])]
+    assert [first for ((first, _),) in judge.calls] == ["0.5", "x+1"]  # the last has nothing left to be compared with
+
+
+def test_right_and_wrong_ones_are_never_compared() -> None:
+    numbered, judge = votes(["0.5", "1/2", "x+1", "1+x"], "rwrr")
+    assert numbered == [0, 1, 2, 2]
+    assert judge.calls[0] == [("0.5", ["x+1", "1+x"])]
+
+
+def test_an_answer_of_both_kinds_is_compared_with_both() -> None:
+    numbered, _ = votes(["0.5", "0.5", "1/2", "\\frac12"], "rwrw")
+    assert numbered == [0, 0, 0, 0]
+
+
+def test_problems_are_compared_together_and_apart() -> None:
+    judge = Judge()
+    answers = [["0.5", "1/2"], ["1/2", "x+1", "y"], [None, None], []]
+    assert number_votes(answers, [[False] * len(one) for one in answers], judge) == [
+        [0, 0],
+        [0, 1, 2],
+        [None, None],
+        [],
+    ]
+    assert judge.calls == [
+        [("0.5", ["1/2"]), ("1/2", ["x+1", "y"])],
+        [("x+1", ["y"])],
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_every_round_takes_an_answer_off(count: int) -> None:
+    numbered, judge = votes([f"a{n}" for n in range(count)])
+    assert numbered == list(range(count))
+    assert len(judge.calls) == count - 1
