@@ -12,6 +12,7 @@ OTHERWISE = """
 reference top_k updates_per_rollout adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type warmup_steps
 max_steps num_train_epochs token_budget use_vllm vllm_gpu_memory_utilization bf16 prompt_column reward_weights
 output_dir run_name report_to eval_steps save_steps model train_dataset eval_dataset reward_funcs sources objective
+reward_workers reward_timeout reward_memory
 """
 """Translated by a rule, written into the data or the script, or refused."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -40,3 +41,22 @@ def nearest(name: str, valid: Collection[str]) -> str:
     if close := difflib.get_close_matches(name, valid, n=1, cutoff=0.7):
         return f"did you mean {close[0]!r}?"
     return f"there is {', '.join(map(repr, sorted(valid)[:10])) or 'none'}"
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """`text` on one line, white space collapsed, cut to at most `limit` characters with `...` at the cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def error_line(error: BaseException) -> str:
+    """An exception on one line: type, text (cut at 300 characters) and the file and line of its innermost frame."""
+    text = shortened(str(error), 300)
+    return f"{type(error).__name__}{': ' * bool(text)}{text} ({_place(error)})"
+
+
+def _place(error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{frame.f_code.co_filename}:{line}"

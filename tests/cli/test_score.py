@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from gvpo.rewards.fill import function_rewards
 
 REWARDS = """
 import math
+from pathlib import Path
 from gvpo import Completion, Group, append_groups
-calls = []
 
 def length(completions, **columns):
-    calls.append(len(completions))
+    with Path(__file__).with_name("__pycache__").joinpath("calls").open("a") as calls:
+        print(len(completions), file=calls)
     return [float(len(text)) for text in completions]
 
 def target(completions, target, **columns):
@@ -52,7 +52,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "judge.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "judge", raising=False)
+    (tmp_path / "__pycache__").mkdir()
     return tmp_path
 
 
@@ -65,6 +65,12 @@ def group(*texts: str, rewards: Sequence[float | None] | None = None, **columns:
         Completion(text, reward=reward) for text, reward in zip(texts, rewards or [None] * len(texts), strict=True)
     ]
     return Group("p", members, columns=columns)
+
+
+def calls() -> list[int]:
+    """How many completions each call of judge:length got, whatever process it was in."""
+    file = Path("__pycache__/calls")
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
 def rewards_of(path: str) -> list[list[float | None]]:
@@ -162,7 +168,15 @@ def test_functions_get_a_few_groups_at_a_time_and_all_columns(monkeypatch: pytes
     write_groups([group("a", "b")] * 4 + [group("a", "b", target=2)] * 3, "groups.jsonl")
     assert score("--reward", "judge:target", "--reward", "judge:length", "groups.jsonl") == 0
     assert rewards_of("groups.jsonl") == [[1, 1]] * 4 + [[3, 3]] * 3
-    assert sys.modules["judge"].calls == [6, 6, 2]
+    # One group a call: 7 of 2 members.
+    assert calls() == [2] * 7
+    assert (
+        score(
+            "--reward", "judge:target", "--reward", "judge:length", "--reward_workers", "0", "--again", "groups.jsonl"
+        )
+        == 0
+    )
+    assert calls() == [2] * 7 + [6, 6, 2]
 
 
 def test_rows_of_a_dataset_become_groups() -> None:
@@ -226,4 +240,4 @@ def test_a_mistake_is_one_line_and_leaves_all_as_it_was(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith(f"gvpo score: {line}")
     assert {path: path.read_bytes() for path in here.rglob("*.jsonl")} == before
-    assert sys.modules["judge"].calls == []
+    assert calls() == []

@@ -139,13 +139,13 @@ def test_draws_depend_on_seed_and_place_alone() -> None:
     model, asked = tiny_model(), []
     trainer = GVPOTrainer(model, prompts(), first_token, config=settings(max_steps=4, seed=5))
     (policy,) = trainer.sources.members
-    fill = policy.fill
+    fill = policy.fill_one_by_one
 
-    def spy(rows: Sequence[Any], wanted: Sequence[int], seeds: Sequence[int]) -> list[list[Completion]]:
+    def spy(rows: Sequence[Any], wanted: Sequence[int], seeds: Sequence[int], drawn: Any) -> None:
         asked.append(list(seeds))
-        return fill(rows, wanted, seeds)
+        fill(rows, wanted, seeds, drawn)
 
-    policy.fill = spy  # pyright: ignore[reportAttributeAccessIssue]
+    policy.fill_one_by_one = spy  # pyright: ignore[reportAttributeAccessIssue]
     trainer.train()
     assert asked == [[draw_seed(5, rollout, n) for n in range(4)] for rollout in range(2)]
     assert len({seed for seeds in asked for seed in seeds}) == 8

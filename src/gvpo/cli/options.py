@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -15,7 +15,40 @@ from pydantic.fields import FieldInfo
 
 from gvpo.cli.main import SWITCH
 from gvpo.errors import UserError
+from gvpo.rewards.limits import Limits
 from gvpo.training.config import ConfigError, GVPOConfig, RunConfig, load_config, parse_value
+
+if TYPE_CHECKING:
+    from gvpo.rewards.resolve import RewardFunction
+
+
+def config_option(name: str, metavar: str, *flags: str) -> Any:
+    """An option of another command for a config field, with its description."""
+    help_text = RunConfig.model_fields[name].description
+    return typer.Option(*(flags or (f"--{name}",)), metavar=metavar, help=help_text, show_default=True)
+
+
+def config_default(name: str) -> Any:
+    """The default of a config field."""
+    return RunConfig.model_fields[name].default
+
+
+def checked_config(**values: Any) -> GVPOConfig:
+    """These options of a command as a config. Raises UserError that names the option."""
+    try:
+        return GVPOConfig(**values)
+    except ConfigError as error:
+        raise UserError(f"--{error.field}: {error.problem}") from error
+
+
+def reward_functions(names: list[str], limits: Limits) -> list[RewardFunction]:
+    """What `--reward` names. Raises UserError."""
+    from gvpo.rewards.resolve import resolve_rewards
+
+    try:
+        return resolve_rewards(names, limits)
+    except UserError as error:  # which knows the config's name for it
+        raise UserError(f"--reward: {str(error).removeprefix('reward_funcs: ')}") from error
 
 
 def with_config_flags(command: Callable[..., Any]) -> Callable[..., Any]:

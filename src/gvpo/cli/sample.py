@@ -18,25 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gvpo.cli.options import checked_config, config_default, config_option
 from gvpo.cli.progress import Stop, progress_bar, stoppable
 from gvpo.errors import UserError
-from gvpo.training.config import ConfigError, GVPOConfig, RunConfig
+from gvpo.training.config import GVPOConfig
 
 if TYPE_CHECKING:
     from gvpo.groups import Group
     from gvpo.sources.dataset import PromptOrder, Row
 
 POLL_SECONDS = 1.0
-
-
-def _option(name: str, metavar: str, *flags: str) -> Any:
-    """A flag for a config field, with its description."""
-    help_text = RunConfig.model_fields[name].description
-    return typer.Option(*(flags or (f"--{name}",)), metavar=metavar, help=help_text, show_default=True)
-
-
-def _default(name: str) -> Any:
-    return RunConfig.model_fields[name].default
 
 
 def sample(
@@ -59,16 +50,18 @@ def sample(
             help="Hub id, folder, .gguf file, smollm2-135m (embedded), or the folder policy of a run: its newest.",
             show_default=True,
         ),
-    ] = _default("model"),
-    num_generations: Annotated[int, _option("num_generations", "INT", "-k", "--num_generations")] = _default(
-        "num_generations"
+    ] = config_default("model"),
+    num_generations: Annotated[
+        int, config_option("num_generations", "INT", "-k", "--num_generations")
+    ] = config_default("num_generations"),
+    temperature: Annotated[float, config_option("temperature", "FLOAT")] = config_default("temperature"),
+    top_p: Annotated[float, config_option("top_p", "FLOAT")] = config_default("top_p"),
+    top_k: Annotated[int, config_option("top_k", "INT")] = config_default("top_k"),
+    max_completion_length: Annotated[int, config_option("max_completion_length", "INT")] = config_default(
+        "max_completion_length"
     ),
-    temperature: Annotated[float, _option("temperature", "FLOAT")] = _default("temperature"),
-    top_p: Annotated[float, _option("top_p", "FLOAT")] = _default("top_p"),
-    top_k: Annotated[int, _option("top_k", "INT")] = _default("top_k"),
-    max_completion_length: Annotated[int, _option("max_completion_length", "INT")] = _default("max_completion_length"),
-    seed: Annotated[int, _option("seed", "INT")] = _default("seed"),
-    prompt_column: Annotated[str, _option("prompt_column", "NAME")] = _default("prompt_column"),
+    seed: Annotated[int, config_option("seed", "INT")] = config_default("seed"),
+    prompt_column: Annotated[str, config_option("prompt_column", "NAME")] = config_default("prompt_column"),
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, metavar="INT", help="Only the first so many rows.")
     ] = None,
@@ -92,7 +85,7 @@ def sample(
             show_default=True,
         ),
     ] = "policy",
-    rollout_dtype: Annotated[str, _option("rollout_dtype", "DTYPE")] = _default("rollout_dtype"),
+    rollout_dtype: Annotated[str, config_option("rollout_dtype", "DTYPE")] = config_default("rollout_dtype"),
     follow: Annotated[
         bool,
         typer.Option("--follow", help="Load what the run publishes in MODEL before each batch; wait for the first."),
@@ -303,10 +296,7 @@ def _hash(value: Any) -> str:
 def _checked_config(**values: Any) -> GVPOConfig:
     if values["num_generations"] == 1:
         raise UserError("-k 1: a group of one teaches nothing; give 2 or more")
-    try:
-        return GVPOConfig(**values)
-    except ConfigError as error:
-        raise UserError(f"--{error.field}: {error.problem}") from error
+    return checked_config(**values)
 
 
 def _rows(prompts: str, prompt_column: str, limit: int | None) -> list[Row]:

@@ -1,13 +1,14 @@
 """`gvpo score`: rewards for the groups of files, in place; what samplers append meanwhile is kept.
 
 Covered: .jsonl and .parquet files of any size, a few groups in memory at a time; the same reward functions, called the
-same way, as in training, but that `trainer_state` is None. Not covered: rewards under a time limit.
+same way and under the same limits as in training, but that `trainer_state` is None.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gvpo.cli.options import checked_config, config_default, config_option, reward_functions
 from gvpo.cli.progress import progress_bar
 from gvpo.errors import UserError, located
 from gvpo.training.config import ConfigError, GVPOConfig, parse_value
@@ -41,8 +43,8 @@ def score(
         typer.Option(
             "--reward",
             metavar="NAME",
-            help="module:function, found from the working directory, or a ready-made one: exact_match, last_number, "
-            "gsm8k_answer. May be given again: rewards are summed.",
+            help="module:function, found from the working directory, or a ready-made one, such as exact_match or "
+            "math_accuracy. May be given again: rewards are summed.",
         ),
     ],
     reward_weights: Annotated[
@@ -54,6 +56,9 @@ def score(
         str | None,
         typer.Option("--out", metavar="FILE", help="Write the groups of one FILE here; it stays as it is."),
     ] = None,
+    reward_workers: Annotated[int | None, config_option("reward_workers", "INT")] = config_default("reward_workers"),
+    reward_timeout: Annotated[float, config_option("reward_timeout", "SECONDS")] = config_default("reward_timeout"),
+    reward_memory: Annotated[float, config_option("reward_memory", "GIB")] = config_default("reward_memory"),
 ) -> None:
     """Add rewards to the groups that have none.
 
@@ -62,7 +67,10 @@ def score(
     """
     from gvpo.rewards.calling import check_signatures
 
-    functions = _functions(reward)
+    limits = checked_config(
+        reward_workers=reward_workers, reward_timeout=reward_timeout, reward_memory=reward_memory
+    ).reward_limits
+    functions = reward_functions(reward, limits)
     weights = _weights(reward_weights, len(functions))
     paths = _paths(files)
     if out is not None and (len(paths) != 1 or Path(files[0]).is_dir()):
@@ -91,7 +99,8 @@ class _Survey:
 @dataclass
 class _Tally:
     """scored, had, late: groups that got rewards, had some, came meanwhile. total: of the rewards given, to so many
-    members. without: names of groups with no reward for any member."""
+    members. without: names of groups with no reward for any member. failed: completions that a reward function gave no
+    answer for, by cause."""
 
     had: int
     scored: int = 0
@@ -99,6 +108,7 @@ class _Tally:
     members: int = 0
     without: list[str] = field(default_factory=list)
     late: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         line = f"{self.scored} group{'s' * (self.scored != 1)} scored, {self.had} had rewards"
@@ -109,6 +119,9 @@ class _Tally:
         if self.without:
             more = f" and {len(self.without) - NAMED} more" if len(self.without) > NAMED else ""
             line += f"; no reward for any completion of {len(self.without)}: {', '.join(self.without[:NAMED])}{more}"
+        if self.failed:
+            causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.failed.items()))
+            line += f"; no answer for {self.failed.total()} completions ({causes}), see reward_failures in their meta"
         if self.late:
             line += f"; {self.late} came meanwhile and have none yet, the same command scores them"
         return line
@@ -136,16 +149,17 @@ class _Job:
             yield from (group for _, group in chunk)
 
     def _score(self, groups: dict[int, Group]) -> None:
-        from gvpo.rewards.fill import fill_rewards
+        from gvpo.rewards.fill import FAILURES, failures_by_cause, fill_rewards
 
         for group in groups.values():
             for member in group.completions:
                 member.reward = None
-                for name in ("rewards", "extra"):
+                for name in ("rewards", "extra", FAILURES):
                     member.meta.pop(name, None)
         with located(f"{self.path}, groups {min(groups)} to {max(groups)}"):
             fill_rewards(list(groups.values()), self.functions, self.weights, columns=self.columns)
         tally = self.tally
+        tally.failed += failures_by_cause(groups.values())
         for number, group in groups.items():
             given = [reward for reward in group.rewards if reward is not None]
             tally.total += math.fsum(given)
@@ -191,15 +205,6 @@ def _paths(files: Sequence[str]) -> list[Path]:
         for path in inside if file.is_dir() else [file]:
             paths.setdefault(path.resolve(), path)
     return list(paths.values())
-
-
-def _functions(names: list[str]) -> list[RewardFunction]:
-    from gvpo.rewards.resolve import resolve_rewards
-
-    try:
-        return resolve_rewards(names)
-    except UserError as error:  # which knows the config's name for it
-        raise UserError(f"--reward: {str(error).removeprefix('reward_funcs: ')}") from error
 
 
 def _weights(text: str | None, count: int) -> list[float] | None:

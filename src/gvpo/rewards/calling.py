@@ -1,8 +1,9 @@
-"""Calling reward functions exactly as TRL calls them, and checking what they give back.
+"""Calling reward functions as TRL calls them, and checking what they give back.
 
-The convention is that of `GRPOTrainer._calculate_rewards` in TRL: one call per function for all members of all groups,
-everything by keyword. Where TRL would go on (NaN read as "no opinion", a log column of the wrong length) or stop with
-a traceback, one line says which function, which value and how to fix it.
+The convention is that of `GRPOTrainer._calculate_rewards` in TRL: everything by keyword, one value per member.
+Functions of a pool get a group in each call, as soon as there is one; others all members of all groups in one call.
+Where TRL would go on (NaN read as "no opinion", a log column of the wrong length) or stop with a traceback, one line
+says which function, which value and how to fix it.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ import inspect
 import math
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import dataclass, field
 from itertools import islice
-from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gvpo.errors import UserError, nearest
-from gvpo.rewards.resolve import RewardFunction, error_line, shortened
+from gvpo.errors import UserError, nearest, shortened
+from gvpo.rewards.outputs import Failure, Log, Output, blaming, joined, read_output
+from gvpo.rewards.pool import PooledFunction
+from gvpo.rewards.resolve import RewardFunction
 
 if TYPE_CHECKING:
     from gvpo.groups import Completion, Group
@@ -45,12 +45,14 @@ class RewardReport:
     metrics: what functions gave to `log_metric`, averaged over the calls with the same name.
     extra: what functions gave to `log_extra`: a column's name, and one value per member, groups laid end to end. A
         column that several functions log is called `function/column`.
+    failures: for each function's name, by member, groups laid end to end, why a call brought no value.
     """
 
     rewards: list[list[float | None]]
     per_function: dict[str, list[list[float | None]]]
     metrics: dict[str, float]
     extra: dict[str, list[Any]]
+    failures: dict[str, dict[int, Failure]] = field(default_factory=dict)
 
 
 def score_groups(
@@ -61,14 +63,15 @@ def score_groups(
     columns: Collection[str] = (),
     trainer_state: Any = None,
 ) -> RewardReport:
-    """Call every function once for all members of all groups; the groups are only read, rewards they have included.
+    """Call the functions for all members of all groups; the groups are only read, rewards they have included.
 
     A function gets, by keyword, one value per member in each of: `prompts` (string or messages; None if a group has
     no prompt text), `completions` (string, or `[{"role": "assistant", "content": text}]` where the prompt is messages;
     None if a member has no text), `completion_ids` (None if a member has no ids), every column but `prompt`,
     `completion` and `completion_ids` (None where a group lacks it); and `trainer_state`, `log_extra`, `log_metric`.
-    Lists and dicts are copies. Synchronous functions run first, in order and in this thread; asynchronous ones then
-    run together in an event loop in a thread of its own.
+    Lists and dicts are copies. Functions of a pool run in its processes, a group in each call. Of the others, which get
+    all members in one call, synchronous ones run in order and in this thread; asynchronous ones then run together in an
+    event loop in a thread of its own.
 
     groups: any number, of any sizes. Without members no function is called.
     functions: names must be unique, as `resolve_rewards` makes them.
@@ -79,26 +82,100 @@ def score_groups(
     Raises UserError for weights that do not fit, a column with the name of another argument, and a function that
     raises, cannot take the arguments, or returns anything but one finite number or None per member.
     """
-    names = [function.name for function in functions]
-    assert len(set(names)) == len(names), "names of reward functions must be unique"
-    factors = _checked_weights(weights, names)
-    members = [_Member(g, m, group, one) for g, group in enumerate(groups) for m, one in enumerate(group.completions)]
-    logs = {name: _Log(name) for name in names}
-    names_given = list(dict.fromkeys([*(name for group in groups for name in group.columns), *columns]))
-    check_signatures(functions, names_given)
-    outputs: list[Any] = [[] for _ in functions]
-    if members:
-        outputs = _call_all(functions, members, names_given, logs, trainer_state)
-    values_FN = [_numbers(name, output, members) for name, output in zip(names, outputs, strict=True)]
-    rewards_N = [
-        _weighted_sum(member, [values[n] for values in values_FN], factors) for n, member in enumerate(members)
-    ]
-    return RewardReport(
-        rewards=_by_group(rewards_N, groups),
-        per_function={name: _by_group(values, groups) for name, values in zip(names, values_FN, strict=True)},
-        metrics=_averaged_metrics(logs.values()),
-        extra=_merged_extra(logs, len(members)),
-    )
+    return Scoring(functions, weights, columns=columns, trainer_state=trainer_state).report(groups)
+
+
+class Scoring:
+    """Groups on their way to rewards: functions of a pool work on what `start` was given while the caller goes on.
+
+    Arguments and errors are those of `score_groups`.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        weights: Sequence[float] | None,
+        *,
+        columns: Collection[str] = (),
+        trainer_state: Any = None,
+    ) -> None:
+        self._functions = functions
+        self._names = names = [function.name for function in functions]
+        assert len(set(names)) == len(names), "names of reward functions must be unique"
+        self._factors = _checked_weights(weights, names)
+        self._columns, self._trainer_state = columns, trainer_state
+        self._started: dict[tuple[int, ...], dict[str, Future[Output]]] = {}
+
+    def start(self, group: Group, columns: Collection[str] | None = None) -> None:
+        """Have the functions of a pool called for a group; without them, nothing. columns: of all groups."""
+        members = [_Member(0, m, group, one) for m, one in enumerate(group.completions)]
+        names = [*group.columns, *self._columns] if columns is None else columns
+        if not members:
+            return
+        self._started[_members_key(group)] = {
+            one.name: one.function.submit(one.name, self._arguments(members, dict.fromkeys(names)), len(members))
+            for one in self._functions
+            if isinstance(one.function, PooledFunction)
+        }
+
+    def report(self, groups: Sequence[Group]) -> RewardReport:
+        """The rewards of these groups, of which any may have been started. Waits for them."""
+        members = [
+            _Member(g, m, group, one) for g, group in enumerate(groups) for m, one in enumerate(group.completions)
+        ]
+        columns = list(dict.fromkeys([*(name for group in groups for name in group.columns), *self._columns]))
+        check_signatures(self._functions, columns)
+        try:
+            for group in groups:
+                if _members_key(group) not in self._started:
+                    self.start(group, columns)
+            outputs = self._outputs(groups, members, columns)
+        except BaseException:
+            self.cancel()
+            raise
+        values_FN = [_numbers(name, output, members) for name, output in zip(self._names, outputs, strict=True)]
+        rewards_N = [
+            _weighted_sum(member, [values[n] for values in values_FN], self._factors)
+            for n, member in enumerate(members)
+        ]
+        per_function = zip(self._names, values_FN, strict=True)
+        return RewardReport(
+            rewards=_by_group(rewards_N, groups),
+            per_function={name: _by_group(values, groups) for name, values in per_function},
+            metrics=_averaged_metrics(outputs),
+            extra=_merged_extra(self._names, outputs),
+            failures={name: output.failures for name, output in zip(self._names, outputs, strict=True)},
+        )
+
+    def cancel(self) -> None:
+        """Take back the calls that have not begun."""
+        for future in [future for started in self._started.values() for future in started.values()]:
+            future.cancel()
+
+    def _outputs(self, groups: Sequence[Group], members: Sequence[_Member], columns: Collection[str]) -> list[Output]:
+        """What each function gave to all members; those of a pool are waited for last."""
+        here = [one for one in self._functions if not isinstance(one.function, PooledFunction)]
+        called = _call_all(here, len(members), lambda: self._arguments(members, columns)) if members else []
+        by_name = dict(zip([one.name for one in here], called, strict=False))
+        started = [self._started[_members_key(group)] for group in groups if group.completions]
+        for one in self._functions:
+            if one not in here:
+                by_name[one.name] = joined([futures[one.name].result() for futures in started])
+        return [by_name.get(name, Output([])) for name in self._names]
+
+    def _arguments(self, members: Sequence[_Member], columns: Iterable[str]) -> dict[str, Any]:
+        """What every function gets, but what it logs with; copies, of which each call needs its own."""
+        ids_N = [member.completion.token_ids for member in members]
+        return {
+            "prompts": _all_or_none([_copied(member.group.prompt) for member in members]),
+            "completions": _all_or_none([_as_completion(member) for member in members]),
+            "completion_ids": _all_or_none([ids if ids is None else list(ids) for ids in ids_N]),
+            "trainer_state": self._trainer_state,
+        } | {
+            name: [_copied(member.group.columns.get(name)) for member in members]
+            for name in columns
+            if name not in LEFT_OUT
+        }
 
 
 @dataclass(frozen=True)
@@ -112,26 +189,9 @@ class _Member:
         return f"group {self.group_index}, member {self.index} (counted from 0)"
 
 
-class _Log:
-    """What one function logs during its call; the methods' parameters are named as in TRL."""
-
-    def __init__(self, function_name: str) -> None:
-        self.function_name = function_name
-        self.extra: dict[str, list[Any]] = defaultdict(list)
-        self.metrics: dict[str, list[float]] = defaultdict(list)
-
-    def log_extra(self, column: str, values: list[Any]) -> None:
-        # Arrays and tensors, as lists and numbers: a completions file is JSON.
-        self.extra[column].extend(value.tolist() if hasattr(value, "tolist") else value for value in values)
-
-    def log_metric(self, name: str, value: float) -> None:
-        number = _number(value)
-        if number is None or not math.isfinite(number):
-            raise UserError(
-                f"reward function {self.function_name!r} called log_metric({name!r}, ...) with {_shown(value)}: "
-                "give a finite number"
-            )
-        self.metrics[name].append(number)
+def _members_key(group: Group) -> tuple[int, ...]:
+    """A group by its members, which may be wrapped in another by the time that all are there."""
+    return tuple(id(member) for member in group.completions)
 
 
 # Arguments
@@ -166,19 +226,6 @@ def check_signatures(functions: Sequence[RewardFunction], columns: Collection[st
         _check_signature(function, arguments)
 
 
-def _arguments(members: Sequence[_Member], columns: Collection[str]) -> dict[str, Any]:
-    ids_N = [member.completion.token_ids for member in members]
-    return {
-        "prompts": _all_or_none([_copied(member.group.prompt) for member in members]),
-        "completions": _all_or_none([_as_completion(member) for member in members]),
-        "completion_ids": _all_or_none([ids if ids is None else list(ids) for ids in ids_N]),
-    } | {
-        name: [_copied(member.group.columns.get(name)) for member in members]
-        for name in columns
-        if name not in LEFT_OUT
-    }
-
-
 def _as_completion(member: _Member) -> str | list[dict[str, Any]] | None:
     text = member.completion.text
     if text is None or not isinstance(member.group.prompt, list):
@@ -201,38 +248,26 @@ def _copied(value: Any) -> Any:
 # Calls
 
 
-def _call_all(
-    functions: Sequence[RewardFunction],
-    members: Sequence[_Member],
-    columns: Collection[str],
-    logs: dict[str, _Log],
-    trainer_state: Any,
-) -> list[Any]:
-    outputs: list[Any] = []
+def _call_all(functions: Sequence[RewardFunction], count: int, arguments: Callable[[], dict[str, Any]]) -> list[Output]:
+    """What functions of this process give `count` members. arguments: makes a set for each."""
+    logs = [Log(function.name) for function in functions]
+    returned: list[Any] = []
     try:
-        for function in functions:
-            outputs.append(_call(function, members, columns, logs[function.name], trainer_state))
+        for function, log in zip(functions, logs, strict=True):
+            with blaming(function.name):
+                # From an asynchronous function that is a coroutine, of which nothing has run yet.
+                returned.append(function.function(**arguments(), log_extra=log.log_extra, log_metric=log.log_metric))
     except BaseException:
-        for output in outputs:
-            if inspect.iscoroutine(output):
-                output.close()  # it never started, and Python would warn of that
+        for value in returned:
+            if inspect.iscoroutine(value):
+                value.close()  # it never started, and Python would warn of that
         raise
-    awaited = [i for i, output in enumerate(outputs) if inspect.isawaitable(output)]
+    awaited = [i for i, value in enumerate(returned) if inspect.isawaitable(value)]
     if awaited:
-        results = _in_own_loop(_gathered([(functions[i].name, outputs[i]) for i in awaited]))
+        results = _in_own_loop(_gathered([(functions[i].name, returned[i]) for i in awaited]))
         for i, result in zip(awaited, results, strict=True):
-            outputs[i] = result
-    return outputs
-
-
-def _call(
-    function: RewardFunction, members: Sequence[_Member], columns: Collection[str], log: _Log, trainer_state: Any
-) -> Any:
-    """What the function returns; from an asynchronous one that is a coroutine, of which nothing has run yet."""
-    arguments = _arguments(members, columns)
-    arguments |= {"trainer_state": trainer_state, "log_extra": log.log_extra, "log_metric": log.log_metric}
-    with _blaming(function.name):
-        return function.function(**arguments)
+            returned[i] = result
+    return [read_output(log.function_name, value, log, count) for log, value in zip(logs, returned, strict=True)]
 
 
 def _check_signature(function: RewardFunction, arguments: Collection[str]) -> None:
@@ -256,19 +291,9 @@ def _check_signature(function: RewardFunction, arguments: Collection[str]) -> No
         )
 
 
-@contextmanager
-def _blaming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:  # the function says itself what its user has to fix
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"reward function {name!r} raised {error_line(error)}: fix it, or return None there") from error
-
-
 async def _gathered(calls: Sequence[tuple[str, Awaitable[Any]]]) -> list[Any]:
     async def awaited(name: str, call: Awaitable[Any]) -> Any:
-        with _blaming(name):
+        with blaming(name):
             return await call
 
     return await asyncio.gather(*(awaited(name, call) for name, call in calls))
@@ -292,55 +317,28 @@ def _in_own_loop(main: Coroutine[Any, Any, T]) -> T:
 # Results
 
 
-def _numbers(name: str, output: Any, members: Sequence[_Member]) -> list[float | None]:
-    values = _as_list(output)
-    if values is None:
+def _numbers(name: str, output: Output, members: Sequence[_Member]) -> list[float | None]:
+    return [
+        None if value is None else _finite(name, value, member, n)
+        for n, (value, member) in enumerate(zip(output.values, members, strict=True))
+    ]
+
+
+def _finite(name: str, value: float | str, member: _Member, index: int) -> float:
+    if isinstance(value, str):
         raise UserError(
-            f"reward function {name!r} returned {_shown(output)}: return a list with one number (or None) for each "
-            "completion"
-        )
-    if len(values) != len(members):
-        raise UserError(
-            f"reward function {name!r} returned {len(values)} values, expected {len(members)}: "
-            "return one number (or None) for each completion"
-        )
-    return [None if value is None else _finite(name, value, members[n], n) for n, value in enumerate(values)]
-
-
-def _as_list(output: Any) -> list[Any] | None:
-    if isinstance(output, list | tuple):
-        return list(output)
-    # Tensors and arrays, without importing their libraries.
-    return output.tolist() if getattr(output, "ndim", None) == 1 and hasattr(output, "tolist") else None
-
-
-def _finite(name: str, value: Any, member: _Member, index: int) -> float:
-    number = _number(value)
-    if number is None:
-        raise UserError(
-            f"reward function {name!r} returned {_shown(value)} as value {index}, {member}: return a number, or None "
+            f"reward function {name!r} returned {value} as value {index}, {member}: return a number, or None "
             "for no opinion"
         )
-    if not math.isfinite(number):
+    if not math.isfinite(value):
         prompt, completion = member.group.prompt, member.completion
         raise UserError(
-            f"reward function {name!r} returned {number} as value {index}, {member}, "
+            f"reward function {name!r} returned {value} as value {index}, {member}, "
             f"prompt {_excerpt(prompt, member.group.prompt_ids)}, "
             f"completion {_excerpt(completion.text, completion.token_ids)}: return a finite number, or None for no "
             "opinion"
         )
-    return number
-
-
-def _number(value: Any) -> float | None:
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # scalars of torch and NumPy
-        value = value.item()
-    if not isinstance(value, Real | Decimal):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # a whole number or fraction beyond float's range
-        return math.inf
+    return value
 
 
 def _weighted_sum(member: _Member, values: Sequence[float | None], weights: Sequence[float]) -> float | None:
@@ -356,31 +354,21 @@ def _by_group(values_N: list[T], groups: Sequence[Group]) -> list[list[T]]:
     return [list(islice(remaining, len(group.completions))) for group in groups]
 
 
-def _averaged_metrics(logs: Iterable[_Log]) -> dict[str, float]:
+def _averaged_metrics(outputs: Iterable[Output]) -> dict[str, float]:
     values: dict[str, list[float]] = defaultdict(list)
-    for log in logs:
-        for name, numbers in log.metrics.items():
+    for output in outputs:
+        for name, numbers in output.metrics.items():
             values[name] += numbers
     return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
-def _merged_extra(logs: dict[str, _Log], count: int) -> dict[str, list[Any]]:
-    loggers = Counter(column for log in logs.values() for column in log.extra)
-    merged: dict[str, list[Any]] = {}
-    for name, log in logs.items():
-        for column, values in log.extra.items():
-            if len(values) != count:
-                raise UserError(
-                    f"reward function {name!r} logged {len(values)} values to the column {column!r}, expected {count}: "
-                    "give log_extra one for each completion"
-                )
-            merged[column if loggers[column] == 1 else f"{name}/{column}"] = values
-    return merged
-
-
-def _shown(value: Any) -> str:
-    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
-    return f"{shortened(repr(value))} ({type(value).__name__}{shape})"
+def _merged_extra(names: Sequence[str], outputs: Sequence[Output]) -> dict[str, list[Any]]:
+    loggers = Counter(column for output in outputs for column in output.extra)
+    return {
+        column if loggers[column] == 1 else f"{name}/{column}": values
+        for name, output in zip(names, outputs, strict=True)
+        for column, values in output.extra.items()
+    }
 
 
 def _excerpt(text: str | list[dict[str, Any]] | None, token_ids: list[int] | None) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from gvpo.groups import Completion, Group
-from gvpo.rewards.calling import score_groups
+from gvpo.rewards.calling import Scoring
 from gvpo.rewards.resolve import RewardFunction
+
+FAILURES = "reward_failures"
+"""Where a completion's meta says which functions gave it no answer, and why."""
 
 
 def function_rewards(completion: Completion) -> dict[str, float]:
@@ -33,12 +37,17 @@ def fill_rewards(
     """Set the rewards of every completion in place, except in groups that bring their own (one is enough).
 
     None from every function leaves the reward None: the member leaves its group. Each function's number is kept in
-    the completion's meta under "rewards", and what functions gave to log_extra under "extra". columns, trainer_state:
-    as in `score_groups`.
+    the completion's meta under "rewards", what functions gave to log_extra under "extra", and why a function's call
+    brought no answer under "reward_failures". columns, trainer_state: as in `score_groups`.
     Returns what the functions gave to log_metric. Raises UserError as `score_groups` does.
     """
+    return fill_from(Scoring(functions, weights, columns=columns, trainer_state=trainer_state), groups)
+
+
+def fill_from(scoring: Scoring, groups: Sequence[Group]) -> dict[str, float]:
+    """As `fill_rewards`, with a scoring that may have been started on some of the groups."""
     asked = [group for group in groups if all(reward is None for reward in group.rewards)]
-    report = score_groups(asked, functions, weights, columns=columns, trainer_state=trainer_state)
+    report = scoring.report(asked)
     first = 0
     for number, group in enumerate(asked):
         for place, completion in enumerate(group.completions):
@@ -47,5 +56,14 @@ def fill_rewards(
             completion.meta["rewards"] = {name: value for name, value in by_function.items() if value is not None}
             if report.extra:
                 completion.meta["extra"] = {name: values[first + place] for name, values in report.extra.items()}
+            failed = {name: str(why[first + place]) for name, why in report.failures.items() if first + place in why}
+            if failed:
+                completion.meta[FAILURES] = failed
         first += group.k
     return report.metrics
+
+
+def failures_by_cause(groups: Iterable[Group]) -> Counter[str]:
+    """How many completions a reward function failed on, by cause (`gvpo.rewards.outputs.CAUSES`)."""
+    failed = [one.meta.get(FAILURES, {}) for group in groups for one in group.completions]
+    return Counter(text.partition(":")[0] for by_function in failed for text in by_function.values())

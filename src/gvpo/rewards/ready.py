@@ -69,6 +69,12 @@ def gsm8k_answer(*, completions: Texts | None, answer: Sequence[Any], **columns:
 READY: dict[str, Callable[..., list[float | None]]] = {
     function.__name__: function for function in (exact_match, last_number, gsm8k_answer)
 }
+"""Those that need neither a library nor a time limit, by name."""
+
+MODULES = {
+    "math_accuracy": "gvpo.rewards.math:math_accuracy",
+}
+"""The others, by name."""
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:

@@ -6,14 +6,14 @@ import functools
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from gvpo.errors import UserError, nearest
-from gvpo.rewards.ready import READY
+from gvpo.errors import UserError, error_line, nearest, shortened
+from gvpo.rewards.limits import Limits
+from gvpo.rewards.ready import MODULES, READY
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,15 @@ class RewardFunction:
     function: Callable[..., Any]
 
 
-def resolve_rewards(spec: str | Callable[..., Any] | Sequence[str | Callable[..., Any]]) -> list[RewardFunction]:
+def resolve_rewards(
+    spec: str | Callable[..., Any] | Sequence[str | Callable[..., Any]], pool: Limits | None = None
+) -> list[RewardFunction]:
     """Find the reward functions that `spec` names, in its order.
 
     spec: one entry or a sequence of them. An entry is a callable, `module:function` (imported with the working
-        directory on the path), or the name of a ready-made reward (`gvpo.rewards.ready.READY`).
+        directory on the path), or the name of a ready-made reward (`gvpo.rewards.ready`).
+    pool: functions that are named by their module run in killable processes, within these limits; None, or no workers:
+        they are imported here, like callables.
     Returns one `RewardFunction` per entry. A name is the function's own; of two alike, the later gets `_2`, `_3`, ...
     Raises UserError for an unknown name, a module that is not found or fails on import, a missing function, or an
     entry that cannot be called.
@@ -36,7 +40,11 @@ def resolve_rewards(spec: str | Callable[..., Any] | Sequence[str | Callable[...
     entries = [spec] if isinstance(spec, str) or callable(spec) else spec
     if not isinstance(entries, Sequence):
         raise UserError(f"reward_funcs is {spec!r}: give a function, 'module:function', or a list of these")
-    functions = [_find(entry) if isinstance(entry, str) else entry for entry in entries]
+    entries = [MODULES.get(entry, entry) if isinstance(entry, str) else entry for entry in entries]
+    pooled = _pooled([entry for entry in entries if isinstance(entry, str) and ":" in entry], pool)
+    functions = [
+        entry if not isinstance(entry, str) else pooled[entry] if entry in pooled else _find(entry) for entry in entries
+    ]
     for position, function in enumerate(functions):
         if not callable(function):
             raise UserError(
@@ -46,16 +54,13 @@ def resolve_rewards(spec: str | Callable[..., Any] | Sequence[str | Callable[...
     return [RewardFunction(*pair) for pair in zip(_unique_names(functions), functions, strict=True)]
 
 
-def shortened(text: str, limit: int = 80) -> str:
-    """`text` on one line, white space collapsed, cut to at most `limit` characters with `...` at the cut."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+def _pooled(entries: list[str], limits: Limits | None) -> dict[str, Callable[..., Any]]:
+    if not entries or limits is None or limits.workers == 0:
+        return {}
+    from gvpo.rewards.pool import RewardPool
 
-
-def error_line(error: BaseException) -> str:
-    """An exception on one line: type, text (cut at 300 characters) and the file and line of its innermost frame."""
-    text = shortened(str(error), 300)
-    return f"{type(error).__name__}{': ' * bool(text)}{text} ({_place(error)})"
+    names = list(dict.fromkeys(entries))
+    return dict(zip(names, RewardPool(names, limits).functions, strict=True))
 
 
 def _find(entry: str) -> Callable[..., Any]:
@@ -63,7 +68,7 @@ def _find(entry: str) -> Callable[..., Any]:
         if entry in READY:
             return READY[entry]
         raise UserError(
-            f"reward_funcs: no ready-made reward is named {entry!r}; {nearest(entry, READY)} "
+            f"reward_funcs: no ready-made reward is named {entry!r}; {nearest(entry, [*READY, *MODULES])} "
             "(a function of your own is written 'module:function')"
         )
     module_name, _, function_name = entry.partition(":")
@@ -109,15 +114,8 @@ def _import(module_name: str, entry: str) -> ModuleType:
         ) from error
 
 
-def _place(error: BaseException) -> str:
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    return f"{frame.f_code.co_filename}:{line}"
-
-
 def _unique_names(functions: Sequence[Callable[..., Any]]) -> list[str]:
-    own = [_own_name(function) for function in functions]
+    own = [own_name(function) for function in functions]
     names: list[str] = []
     for name in own:
         candidate, number = name, 1
@@ -128,7 +126,8 @@ def _unique_names(functions: Sequence[Callable[..., Any]]) -> list[str]:
     return names
 
 
-def _own_name(function: Callable[..., Any]) -> str:
+def own_name(function: Callable[..., Any]) -> str:
+    """What a function calls itself."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)

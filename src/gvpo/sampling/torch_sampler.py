@@ -9,7 +9,8 @@ argument).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -75,9 +76,23 @@ class TorchSampler:
         UserError for an empty prompt, counts that do not match, lengths beyond the model's positions or
         `max_batch_tokens`, or a model that gives NaN.
         """
+        samples: list[list[Sample]] = [[] for _ in prompts]
+        self.sample_one_by_one(prompts, num_generations, params, seeds=seeds, drawn=samples.__setitem__)
+        return samples
+
+    def sample_one_by_one(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        params: SamplingParams,
+        *,
+        seeds: Sequence[int],
+        drawn: Callable[[int, list[Sample]], None],
+    ) -> None:
+        """As `sample`, each prompt's samples handed over, with its place, as soon as the last of them has ended."""
         self._check(prompts, num_generations, params, seeds)
         if not prompts:
-            return []
+            return
         limits = self._limits(prompts, num_generations, params)
         uniforms_PGT = torch.stack([member_uniforms(seed, num_generations, params.max_new_tokens) for seed in seeds])
         groups = [
@@ -94,8 +109,9 @@ class TorchSampler:
                 reader = make_reader(self.model, self.dtype, max(map(max, limits)) - 1)
             else:
                 reader = PlainReader(self.model)
-            _decode(reader, groups, uniforms_PGT.flatten(0, 1), params, self.end_token_ids, self._room)
-        return [[row.sample(self.end_token_ids) for row in rows] for rows in groups]
+            ended = _decode(reader, groups, uniforms_PGT.flatten(0, 1), params, self.end_token_ids, self._room)
+            for place in ended:
+                drawn(place, [row.sample(self.end_token_ids) for row in groups[place]])
 
     @property
     def _room(self) -> int:
@@ -187,14 +203,15 @@ def _decode(
     params: SamplingParams,
     ends: frozenset[int],
     room: int,
-) -> None:
-    """Draw every row's tokens, in place."""
+) -> Iterator[int]:
+    """Draw every row's tokens, in place. Yields the number of each group when all of it is drawn."""
     # MPS has no float64: there the draw, which is float64, happens on the CPU.
     uniforms_NT = uniforms_NT.to("cpu" if reader.device.type == "mps" else reader.device)
     # Prompts of one length pad each other the least.
     waiting = sorted((list(group) for group in groups), key=lambda rows: len(rows[0].prompt))[::-1]
     live: list[_Row] = []
     logits: list[Tensor] = []
+    going = Counter(row.group for group in groups for row in group)
     while live or waiting:
         if parts := _next_parts(reader, live, waiting, room):
             logits.append(reader.open([rows[0].prompt for rows in parts], [len(rows) for rows in parts]))
@@ -207,6 +224,8 @@ def _decode(
             row.token_ids.append(token)
         going_on = [row.token_ids[-1] not in ends and len(row.token_ids) < row.limit for row in live]
         if not all(going_on):
+            going -= (ended := Counter(row.group for row, goes in zip(live, going_on, strict=True) if not goes))
+            yield from (group for group in ended if not going[group])
             order = fill_holes(going_on)
             live, tokens_N = [live[row] for row in order], tokens_N[order]
             reader.keep(order)

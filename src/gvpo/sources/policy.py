@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,25 @@ class PolicySource:
 
     def fill(self, rows: Sequence[Row], wanted: Sequence[int], seeds: Sequence[int]) -> list[list[Completion]]:
         """wanted[i] draws for row i, as token ids."""
+        filled: list[list[Completion]] = [[] for _ in rows]
+        self.fill_one_by_one(rows, wanted, seeds, filled.__setitem__)
+        return filled
+
+    def fill_one_by_one(
+        self,
+        rows: Sequence[Row],
+        wanted: Sequence[int],
+        seeds: Sequence[int],
+        drawn: Callable[[int, list[Completion]], None],
+    ) -> None:
+        """As `fill`, each row's draws handed over with its place as soon as they are all there."""
         prompts = [prompt_ids(row, self.tokenizer) for row in rows]
-        drawn = draw(self.sampler, prompts, wanted, self.params, seeds)
         meta = {} if self.update is None else {"update": self.update}
-        return [
-            [Completion(None, one.token_ids, source="policy", truncated=one.truncated, meta=meta) for one in samples]
-            for samples in drawn
-        ]
+
+        def hand_over(place: int, samples: list[Sample]) -> None:
+            drawn(place, [Completion(None, one.token_ids, truncated=one.truncated, meta=meta) for one in samples])
+
+        draw(self.sampler, prompts, wanted, self.params, seeds, hand_over)
 
 
 def draw(
@@ -43,15 +55,24 @@ def draw(
     wanted: Sequence[int],
     params: SamplingParams,
     seeds: Sequence[int],
-) -> list[list[Sample]]:
-    """wanted[i] samples of prompt i; prompts that want as many as each other are drawn together."""
-    drawn: list[list[Sample]] = [[] for _ in prompts]
+    drawn: Callable[[int, list[Sample]], None],
+) -> None:
+    """wanted[i] samples of prompt i, handed over with i; prompts that want as many as each other are drawn together.
+
+    One by one where the sampler can (`sample_one_by_one`).
+    """
+    for place in [place for place, count in enumerate(wanted) if count <= 0]:
+        drawn(place, [])
     for count in sorted({count for count in wanted if count > 0}):
         places = [place for place, one in enumerate(wanted) if one == count]
         asked, theirs = [prompts[place] for place in places], [seeds[place] for place in places]
+        if hasattr(sampler, "sample_one_by_one"):
+            sampler.sample_one_by_one(  # pyright: ignore[reportAttributeAccessIssue]
+                asked, count, params, seeds=theirs, drawn=lambda n, samples, places=places: drawn(places[n], samples)
+            )
+            continue
         for place, samples in zip(places, sampler.sample(asked, count, params, seeds=theirs), strict=True):
-            drawn[place] = samples
-    return drawn
+            drawn(place, samples)
 
 
 def draw_seed(seed: int, *place: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from gvpo.groups import Completion
@@ -20,6 +20,21 @@ class Source(Protocol):
         bring are kept; reward functions score those that bring none.
         """
         ...
+
+
+def fill_one_by_one(
+    source: Source,
+    rows: Sequence[Row],
+    wanted: Sequence[int],
+    seeds: Sequence[int],
+    drawn: Callable[[int, list[Completion]], None],
+) -> None:
+    """Fill, and hand over each row's completions, once, with the row's place: one by one where the source can."""
+    if hasattr(source, "fill_one_by_one"):
+        source.fill_one_by_one(rows, wanted, seeds, drawn)  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    for place, completions in enumerate(source.fill(rows, wanted, seeds)):
+        drawn(place, completions)
 
 
 def prompt_ids(row: Row, tokenizer: Any | None) -> list[int]:

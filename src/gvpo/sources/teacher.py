@@ -9,7 +9,7 @@ from typing import Any
 from gvpo.groups import Completion
 from gvpo.models.encoding import encode_prompt
 from gvpo.models.loading import load_model
-from gvpo.sampling.sampler import Sampler, SamplingParams
+from gvpo.sampling.sampler import Sample, Sampler, SamplingParams
 from gvpo.sampling.torch_sampler import make_torch_sampler
 from gvpo.sources.dataset import Row
 from gvpo.sources.policy import draw, draw_seed
@@ -35,7 +35,9 @@ class TeacherSource:
         """spec.members and wanted[i] draws at most for row i."""
         prompts = [self._prompt(row) for row in rows]
         counts = [min(self.spec.members, count) for count in wanted]
-        drawn = draw(self.sampler, prompts, counts, self.params, [draw_seed(seed, 1) for seed in seeds])
+        drawn: list[list[Sample]] = [[] for _ in rows]
+        own_seeds = [draw_seed(seed, 1) for seed in seeds]
+        draw(self.sampler, prompts, counts, self.params, own_seeds, drawn.__setitem__)
         return [[self._completion(one.token_ids, one.truncated) for one in samples] for samples in drawn]
 
     def _prompt(self, row: Row) -> list[int]:

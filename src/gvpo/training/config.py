@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from gvpo.errors import UserError
+from gvpo.rewards.limits import Limits
 from gvpo.sources.specs import PositiveInt, Spec, first_problem, read_sources
 
 Objectives = Literal[
@@ -153,6 +154,16 @@ class GVPOConfig(BaseModel):
     prompt_column: str = Field("prompt", min_length=1, description="Dataset column that holds the prompt.")
     shuffle_dataset: bool = Field(True, description="Shuffle the prompts anew in every epoch.")
     reward_weights: list[float] | None = Field(None, description="One weight per reward function. Default: all 1.")
+    reward_workers: int | None = Field(
+        None,
+        ge=0,
+        description="Processes in which reward functions named by their module run, and can be killed. Default: one a "
+        "core; 0: they run in the training process, without a limit.",
+    )
+    reward_timeout: float = Field(
+        30.0, gt=0, description="Seconds that a call in such a process may take; a completion beyond gets no reward."
+    )
+    reward_memory: float = Field(4.0, gt=0, description="GiB that such a process may hold.")
     seed: int = Field(42, ge=0, description="Seeds the order of the data and every draw.")
 
     # Logging, evaluation, saving
@@ -243,6 +254,11 @@ class GVPOConfig(BaseModel):
         for name in ("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_max_model_length", "rollout_dtype"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(name, "is for vllm_mode='colocate'; give it to the server when you start it")
+
+    @property
+    def reward_limits(self) -> Limits:
+        """What a call of a reward function may take."""
+        return Limits(self.reward_timeout, self.reward_memory, self.reward_workers)
 
     @property
     def groups_per_rollout(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from gvpo.rewards.outputs import CAUSES
 from gvpo.training.config import GVPOConfig
 
 Rows = Sequence[Mapping[str, Any]]
@@ -40,6 +41,9 @@ still has several whole completions to compare with."""
 UNSCORED_WINDOW = 3
 """Updates without a group to train on, or all from the start: later on, one may be bad luck with the rewards."""
 
+FAILED = "rewards/failed/"
+"""How the metrics begin that count completions without an answer from a reward function."""
+
 RETURN_AFTER = 50
 """Updates without a warning before the same one is news again. More than any window here: one case makes one note."""
 
@@ -55,7 +59,7 @@ class Symptom:
 def symptoms(history: Rows, config: GVPOConfig) -> list[Symptom]:
     """What is wrong after the last row of a run's history, which holds evaluations before the start as update 0."""
     rows = [row for row in history if row["update"] > 0]
-    checks = [_no_groups, _no_signal, _truncation]
+    checks = [_no_groups, _no_signal, _truncation, _failing_rewards]
     # What follows from the fit holds where implicit rewards are what is fitted.
     if config.objective == "gvpo":
         checks += [_divergence, _reference_drift]
@@ -119,6 +123,19 @@ def _truncation(rows: Rows, config: GVPOConfig) -> Symptom | None:
         "truncation",
         f"{share:.0%} of the completions of the last {CUT_OFF_WINDOW} updates were cut off: "
         f"raise max_completion_length (now {config.max_completion_length})",
+    )
+
+
+def _failing_rewards(rows: Rows, config: GVPOConfig) -> Symptom | None:
+    failed = {name.removeprefix(FAILED): value for name, value in (rows[-1] if rows else {}).items() if FAILED in name}
+    if not (total := sum(value for name, value in failed.items() if name in CAUSES)):
+        return None
+    causes = ", ".join(f"{value:.0f} {name}" for name, value in failed.items() if name in CAUSES)
+    return Symptom(
+        "failing_rewards",
+        f"a reward function gave {total:.0f} completions of the last rollout no answer ({causes}), which have no "
+        "reward: see reward_failures in completions/, mend the function, or raise its limit "
+        f"(reward_timeout {config.reward_timeout:g} s, reward_memory {config.reward_memory:g} GiB)",
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerState
 
 from gvpo.errors import UserError
 from gvpo.evaluation.evaluator import answer_greedily, evaluation_metrics
@@ -21,7 +20,6 @@ from gvpo.models.modes import compiled_layers, disable_dropout, enable_checkpoin
 from gvpo.models.score_checks import score_checks, tolerance
 from gvpo.models.scoring import Scorer, unwrapped
 from gvpo.report.model_card import model_card
-from gvpo.rewards.fill import fill_rewards
 from gvpo.sources.dataset import PromptOrder, Row
 from gvpo.sources.fill import fill_groups, unrewarded
 from gvpo.sources.mixture import arrange
@@ -40,6 +38,7 @@ from gvpo.training.refer import Trust, refer
 from gvpo.training.reference import Reference, score_groups
 from gvpo.training.reporter import Reporter, Stopwatch
 from gvpo.training.run_folder import RunFolder, checkpoints, disk, new_folder, remove_folder
+from gvpo.training.run_rewards import RolloutRewards, RunRewards
 from gvpo.training.run_sources import RunSources, drawn_tokens
 from gvpo.training.same_run import RunIdentity
 from gvpo.training.samplers import make_sampler
@@ -118,6 +117,7 @@ class GVPOTrainer:
         self.own_rollout = fresh and not earlier and not brought
         self.order = PromptOrder(plan.rows, config.seed, shuffle=config.shuffle_dataset)
         self.sampler = make_sampler(config, self.model, self.tokenizer)
+        self.rewards = RunRewards(plan, config, self.processes, self.total_updates)
         self.sources = RunSources(plan, config, self.sampler, self.tokenizer, self.model)
         run = RunIdentity(config, plan.reference, plan.mixture.described(), plan.rows)
         state = (scorer, self.optimizer.optimizer, self.scheduler, self.reference, run, self.sources.stateful)
@@ -177,8 +177,9 @@ class GVPOTrainer:
             if self.progress.row is None:
                 if self.progress.batch == 0:
                     with self.sigterm.interruptible():
-                        rows, groups = self._draw(report)
-                        self._reward(unrewarded(rows, groups))
+                        rewards = self.rewards.begin(self.progress.update, self._epoch())
+                        rows, groups = self._draw(report, rewards)
+                        self._reward(unrewarded(rows, groups), rewards)
                     self._keep(report, groups)
                     self._refer(groups)
                     self._remember(rows, groups)
@@ -226,8 +227,11 @@ class GVPOTrainer:
 
     # The arrows of one step, in order.
 
-    def _draw(self, report: Reporter) -> tuple[list[Row], list[Group]]:
-        """prompts -> sources -> groups: this process's share of the next rollout, and the rows it was made for."""
+    def _draw(self, report: Reporter, rewards: RolloutRewards) -> tuple[list[Row], list[Group]]:
+        """prompts -> sources -> groups: this process's share of the next rollout, and the rows it was made for.
+
+        Reward functions that run elsewhere begin with a group while the next are drawn.
+        """
         config, progress = self.config, self.progress
         self.reference.before_rollout(progress.rollout)
         self.sources.begin(progress.rollout, progress.update)
@@ -242,17 +246,16 @@ class GVPOTrainer:
             rows = self.processes.mine(arrange(whole, fresh, config.updates_per_rollout))
             seeds = [draw_seed(config.seed, progress.rollout, n) for n in range(config.groups_per_rollout)]
             members = (self.sources.members, config.num_generations, self.processes.mine(seeds))
-            progress.groups = fill_groups(rows, *members, self.tokenizer)
+            progress.groups = fill_groups(rows, *members, self.tokenizer, rewards.start)
         progress.position += len(fresh)
         progress.rollout += 1
         progress.generated_tokens += self.processes.total(drawn_tokens(rows, progress.groups))
         return rows, progress.groups
 
-    def _reward(self, groups: list[Group]) -> None:
+    def _reward(self, groups: list[Group], rewards: RolloutRewards) -> None:
         """groups -> rewards, in place."""
         with self.stopwatch("reward"):
-            logged = self._fill_rewards(groups)
-        self.progress.reward_metrics = self.processes.mean(logged, sum(group.k for group in groups))
+            self.progress.reward_metrics = rewards.fill(groups)
 
     def _refer(self, groups: list[Group]) -> None:
         """groups -> reference log-probs of every member that is trained on, in place; ratios need the policy's as well.
@@ -377,17 +380,12 @@ class GVPOTrainer:
             with self.stopwatch("evaluation"), self._autocast():
                 self.sampler.sync()
                 answers = answer_greedily(mine, self.sampler, self.tokenizer, limit)
-            logged = self._fill_rewards(answers)
-        logged = {f"eval/{name}": value for name, value in self.processes.mean(logged, len(answers)).items()}
+            logged = self.rewards.begin(self.progress.update, self._epoch()).fill(answers)
+        logged = {f"eval/{name}": value for name, value in logged.items()}
         answers = self.processes.interleave(answers)
         if report is not None:
             report.completions(f"eval-{self.progress.update:06d}", answers)
         return logged | evaluation_metrics(answers)
-
-    def _fill_rewards(self, groups: list[Group]) -> dict[str, float]:
-        state = TrainerState(global_step=self.progress.update, max_steps=self.total_updates, epoch=self._epoch())
-        functions, weights = self.plan.reward_functions, self.config.reward_weights
-        return fill_rewards(groups, functions, weights, columns=self.plan.columns, trainer_state=state)
 
     def _epoch(self) -> float:
         """Passes over the dataset so far; over the files' groups where there is none."""

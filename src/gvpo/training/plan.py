@@ -63,7 +63,7 @@ def plan_run(
     check_sampler(config)
     mixture = Mixture(tuple(read_sources(sources)))
     mixture.check(config.num_generations, config.groups_per_update)
-    functions = [] if reward_funcs is None else resolve_rewards(reward_funcs)
+    functions = [] if reward_funcs is None else resolve_rewards(reward_funcs, config.reward_limits)
     rows = _read_prompts(config, train_dataset, mixture)
     eval_rows: list[Row] = []
     if eval_dataset is not None:

@@ -131,8 +131,9 @@ def verl_options(run: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         options[f"{_MODEL}.custom_chat_template"] = facts.template
     options[f"{_REWARD}.path"] = "pkg://gvpo.integrations.verl_runs.reward"
     options[f"+{_REWARD}.reward_kwargs.reward_funcs"] = _names(run["reward_funcs"])
-    if run["reward_weights"] is not None:
-        options[f"+{_REWARD}.reward_kwargs.reward_weights"] = run["reward_weights"]
+    for name in ("reward_weights", "reward_workers", "reward_timeout", "reward_memory"):
+        if run[name] is not None:
+            options[f"+{_REWARD}.reward_kwargs.{name}"] = run[name]
     for name, value in options.items():
         if "${" in str(value):
             raise UserError(f"{name}: verl would read the ${{ in {value!r} as a reference; write it without")
