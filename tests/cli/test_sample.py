@@ -164,10 +164,10 @@ class TestGoingOn:
         """What shares a decode batch may move a rounding, and so a draw."""
         assert sample("groups.jsonl", "--limit", "3") == 0
         seen: list[int] = []
-        draw = TorchSampler.sample
+        draw = TorchSampler.sample_one_by_one
         monkeypatch.setattr(
             TorchSampler,
-            "sample",
+            "sample_one_by_one",
             lambda self, prompts, *a, **k: seen.append(len(prompts)) or draw(self, prompts, *a, **k),
         )
         assert sample("groups.jsonl") == 0

@@ -2,7 +2,8 @@
 
 It has one thread, so that a fork is safe, and adopts whatever its workers leave behind, so that nothing outlives them.
 A request of the pool is a letter and a number: F with two file descriptors, the ends of a worker's connection and of
-its output, is answered by the worker's pid; K and a pid by its wait status. At the end of the connection all go.
+its output, is answered by the worker's pid; K and a pid by its wait status, once it is killed; W is K for a worker that
+is about to end by itself, whose own status is waited for. At the end of the connection all processes go.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ REPLY = struct.Struct("!q")
 
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 _LOOK_FOR_PARENT = 1.0
+_DYING = 0.2
 
 
 def main(control_fd: int, entries: Sequence[str]) -> None:
@@ -64,7 +67,7 @@ class _Server:
     def serve(self) -> None:
         signal.signal(signal.SIGCHLD, self._release)
         for letter, number, fds in self._requests():
-            answer = self._fork(*fds) if letter == b"F" else self._end(number)
+            answer = self._fork(*fds) if letter == b"F" else self._end(number, patience=_DYING * (letter == b"W"))
             with contextlib.suppress(BrokenPipeError):
                 self._control.sendall(REPLY.pack(answer))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -118,8 +121,11 @@ class _Server:
                 if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
                     _kill_group(pid)
 
-    def _end(self, pid: int) -> int:
+    def _end(self, pid: int, patience: float = 0.0) -> int:
         """Kill a worker and all that it started. Returns its wait status, of an earlier death if it had one."""
+        deadline = time.monotonic() + patience
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
         _kill_group(pid)
         _, status = os.waitpid(pid, 0)

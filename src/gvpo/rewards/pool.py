@@ -200,7 +200,7 @@ class _Caller:
                 raise Failed(Failure(*answer["failure"]))
         except Failed as failed:
             self._worker = None
-            ending = server.end(worker)
+            ending = server.end(worker, dying=failed.failure is None)
             raise Failed(failed.failure or ending) from None
         if worker.memory > limits.memory / 2:
             # What it has heaped up must not be held against the next member.

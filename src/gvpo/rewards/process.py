@@ -37,6 +37,8 @@ SHOWN_OUTPUT = 2**14
 _LOOK = 0.02
 _LOOK_AT_CHILDREN = 0.2
 _GIB = 2**30
+_DYING = 1.0
+_CLEARING_UP = 5.0
 
 
 class Failed(Exception):
@@ -75,7 +77,7 @@ class ForkServer:
             reply = wire.decode(_answer(self._control, output, IMPORT_SECONDS, None))
             described = [(one["name"], one["parameters"]) for one in reply.get("functions", ())]
         except (Failed, ValueError, TypeError, KeyError, AttributeError) as error:
-            self.close()
+            self._kill(after=0.0 if isinstance(error, Failed) and error.failure else _DYING)
             failure = error.failure if isinstance(error, Failed) else _GARBLED
             raise UserError(
                 f"reward_funcs: importing {', '.join(map(repr, entries))}: "
@@ -97,18 +99,20 @@ class ForkServer:
             os.close(writing)
         return Worker(pid, connection, output, limits)
 
-    def end(self, worker: Worker) -> Failure:
-        """Kill a worker and what it started. Returns how it ended, before that if it had."""
+    def end(self, worker: Worker, *, dying: bool = False) -> Failure:
+        """Kill a worker and what it started. Returns how it ended; dying: by itself, which may take a moment."""
         worker.close()
-        status = self._ask(b"K", worker.pid, [])
+        status = self._ask(b"W" if dying else b"K", worker.pid, [])
         return Failure("crash" if os.WIFSIGNALED(status) else "exit", _ending(os.waitstatus_to_exitcode(status)))
 
     def close(self) -> None:
         """End the server, and with it everything."""
         self._control.close()
+        self._kill(after=_CLEARING_UP)
+
+    def _kill(self, after: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(2)
-            return
+            self._process.wait(after)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
