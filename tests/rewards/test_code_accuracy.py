@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ EXCESSES = [
 
 
 def test_what_takes_too_much_is_wrong(mode: str):
-    verdicts = judged(EXCESSES, "str()", Limits(seconds=1.5, memory_mb=256, file_mb=2))
+    verdicts = judged(EXCESSES, "str()", Limits(seconds=1, memory_mb=256, file_mb=2))
     assert dict(zip(EXCESSES, verdicts, strict=True)) == dict.fromkeys(EXCESSES, 0.0)
 
 
@@ -242,6 +243,12 @@ def test_what_takes_too_much_is_wrong(mode: str):
 def test_processor_time():
     (run,) = sandbox.run_program("while True: pass", [("", 0)], Limits(seconds=100, cpu_seconds=1))
     assert run == sandbox.Run("exit", -signal.SIGKILL, "")
+
+
+@pytest.mark.usefixtures("either")
+def test_memory():
+    runs = [sandbox.run_program("bytes(300 << 20)", [("", 0)], Limits(memory_mb=size)) for size in (256, 512)]
+    assert [run.status for (run,) in runs] == [1, 0]
 
 
 def test_no_process_outlives_its_verdict(mode: str):
@@ -272,6 +279,31 @@ def test_processes_without_end():
     """
     assert judged(bomb, TESTS, Limits(seconds=8, processes=20)) == 0.0
     assert running(marker) == []
+
+
+def test_no_process_outlives_the_trainer(mode: str):
+    marker = f"{os.getpid()}.{time.monotonic_ns()}"
+    code = f"import os; os.execv('/bin/sleep', ['sleep', '{marker}'])"
+    trainer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from gvpo.rewards.code import code_accuracy\n"
+            "code_accuracy(completions=[sys.argv[1]], tests=['assert True'])",
+            code,
+        ]
+    )
+    wait_for(lambda: any("sleep" in commandline(entry)[:20] for entry in running(marker)))
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not running(marker))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def running(marker: str) -> list[Path]:

@@ -60,8 +60,8 @@ def soft_length(
         max_completion_length, and window a fifth of it (the paper: 20480 and 4096).
     unit: "tokens", the ids of the completion, its end token included; no text is needed. "words" (what white space
         divides) or "characters" of the text, where there are no ids.
-    A config names it through a module of the user's: `short = functools.partial(soft_length, max_length=512, window=128)`
-    in rewards.py is `reward_funcs: rewards:short`.
+    A config names it through a module of the user's: `reward_funcs: rewards:short`, where rewards.py has the line
+    `short = functools.partial(soft_length, max_length=512, window=128)`.
 
     Raises UserError for other values, and without the ids or the texts that `unit` counts.
     """

@@ -22,7 +22,6 @@ def main() -> None:
     solution = sys.modules["solution"] = types.ModuleType("solution")
     with open(path, encoding="utf-8") as file:
         exec(compile(file.read(), "solution.py", "exec", dont_inherit=True), vars(solution))
-    live.clear()
     live.update(genuine)
     tests = pread(source, stat(source).st_size - size, size).decode()
     called = {
