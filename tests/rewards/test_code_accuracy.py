@@ -281,7 +281,7 @@ def test_processes_without_end():
     assert running(marker) == []
 
 
-def test_no_process_outlives_the_trainer(mode: str):
+def test_no_process_outlives_the_trainer(mode: str, tmp_path: Path):
     marker = f"{os.getpid()}.{time.monotonic_ns()}"
     code = f"import os; os.execv('/bin/sleep', ['sleep', '{marker}'])"
     trainer = subprocess.Popen(
@@ -291,7 +291,8 @@ def test_no_process_outlives_the_trainer(mode: str):
             "import sys; from gvpo.rewards.code import code_accuracy\n"
             "code_accuracy(completions=[sys.argv[1]], tests=['assert True'])",
             code,
-        ]
+        ],
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # a process that is killed leaves its empty folder
     )
     wait_for(lambda: any("sleep" in commandline(entry)[:20] for entry in running(marker)))
     trainer.kill()
