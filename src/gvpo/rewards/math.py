@@ -1,0 +1,59 @@
+"""The reward for mathematics: the completion's final answer, compared with the accepted ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Number
+from typing import Any
+
+from gvpo.errors import UserError
+from gvpo.rewards.answer_finding import final_answers
+from gvpo.rewards.answer_latex import LONGEST, plain_latex
+from gvpo.rewards.equivalence import extract_answer, is_equivalent
+from gvpo.rewards.ready import Texts, completion_text
+
+
+def math_accuracy(*, completions: Texts | None, answers: Sequence[Any], **columns: Any) -> list[float | None]:
+    r"""1.0 where the completion's final answer is equivalent to one of the row's accepted `answers`, else 0.0.
+
+    answers: for each row a string or number, or a list of them; whole solutions that end in `\boxed{}` or `####` too.
+        None: no verdict, another function's task.
+    The final answer is what `gvpo.rewards.answer_finding` says: one counts, the last. What cannot be read, or is too
+    large to be evaluated, is right only where it is the accepted answer as text.
+
+    Raises UserError for an accepted answer that is empty, or no string or number.
+    """
+    if completions is None:
+        raise UserError("reward 'math_accuracy' reads texts, and these completions are ids alone: give a tokenizer")
+    return [
+        None if row is None else float(_is_right(completion_text(completion), accepted_answers(row)))
+        for completion, row in zip(completions, answers, strict=True)
+    ]
+
+
+def accepted_answers(row: Any) -> list[str]:
+    """The accepted answers of one row of the column `answers`, as text; UserError where there is none."""
+    row = row.tolist() if hasattr(row, "tolist") else row
+    values = list(row) if isinstance(row, list | tuple) else [row]
+    if not values:
+        raise _mistake("[]", "is empty: give one accepted answer at least")
+    return [_accepted(value) for value in values]
+
+
+def _accepted(value: Any) -> str:
+    if not isinstance(value, str | Number):
+        raise _mistake(value, "is no string or number: give text, LaTeX or plain")
+    text = str(value)
+    if "\\boxed" in text or "####" in text:
+        text = extract_answer(text) or ""
+    if not (text if len(text) > LONGEST else plain_latex(text)).strip():
+        raise _mistake(value, "holds no answer: give a value, or null for a row that has none")
+    return text
+
+
+def _mistake(value: Any, problem: str) -> UserError:
+    return UserError(f"reward 'math_accuracy': column 'answers': {str(value)[:80]!r} {problem}")
+
+
+def _is_right(text: str, accepted: Sequence[str]) -> bool:
+    return any(is_equivalent(answer, one) for answer in final_answers(text) for one in accepted)
