@@ -246,6 +246,9 @@ class TestCalls:
             logging = pool("logging")[0].function
             assert logging(completions=["a", "none"], log_metric=metrics.__setitem__) == [1.0, None]
             assert metrics == {"members": 2.0}
+            lonely = pool("lonely")[0].function
+            assert lonely(completions=["a"] * 19, answers=[1] * 19) == [8.0] * 16 + [3.0] * 3
+            assert lonely(completions=[]) == []
         finally:
             function.pool.close()
             guarded.cache_clear()

@@ -93,7 +93,7 @@ def test_names_of_partials_and_objects():
 def test_an_unknown_ready_made_name_gives_the_nearest_and_the_other_form():
     message = refusal("exact_mach")
     assert "'exact_mach'" in message and "did you mean 'exact_match'?" in message and "'module:function'" in message
-    assert "there is 'exact_match', 'gsm8k_answer', 'last_number'" in refusal("zzz")
+    assert "there is 'boxed_format', 'code_accuracy', 'exact_match', 'gsm8k_answer'" in refusal("zzz")
 
 
 def test_a_module_that_is_not_found(folder: Path):

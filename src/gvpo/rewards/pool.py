@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from gvpo.errors import UserError
@@ -30,6 +31,7 @@ GIVE_UP = 20
 """Members in a row that may fail alone before all stops. Where half of all members fail, that is one in a million."""
 
 _MOST_WORKERS = 32
+_TOGETHER = 8
 
 _log = logging.getLogger("gvpo.rewards")
 
@@ -52,6 +54,10 @@ class PooledFunction:
         name: what messages call the function. The future raises UserError as `worker.call` does, and where `GIVE_UP`
         members in a row have failed.
         """
+        state = arguments.get("trainer_state")
+        if hasattr(state, "__dict__"):
+            # A worker that unpickled transformers' own class would import torch first.
+            arguments = {**arguments, "trainer_state": SimpleNamespace(**vars(state))}
         return self.pool.submit(_Job(Future(), self.place, name, arguments, count))
 
     def __call__(
@@ -61,9 +67,11 @@ class PooledFunction:
         log_metric: Callable[[str, float], Any] = _ignore,
         **arguments: Any,
     ) -> list[float | None]:
-        """The values for all members, from one call where none fails. Who gets no answer is logged, by cause."""
+        """The values for all members, a few in each call. Who gets no answer is logged, by cause."""
         count = next((len(value) for value in arguments.values() if isinstance(value, list)), 0)
-        output = self.submit(self.__name__, arguments, count).result() if count else Output([])
+        parts = [range(start, min(start + _TOGETHER, count)) for start in range(0, count, _TOGETHER)]
+        asked = [self.submit(self.__name__, _of_members(arguments, part), len(part)) for part in parts]
+        output = joined([future.result() for future in asked])
         for column, values in output.extra.items():
             log_extra(column, values)
         for name, numbers in output.metrics.items():
@@ -91,11 +99,13 @@ class _Job:
     count: int
 
     def of_member(self, member: int) -> _Job:
-        alone = {
-            name: value[member : member + 1] if isinstance(value, list) else value
-            for name, value in self.arguments.items()
-        }
+        alone = _of_members(self.arguments, range(member, member + 1))
         return _Job(self.future, self.place, self.name, alone, 1)
+
+
+def _of_members(arguments: Mapping[str, Any], members: range) -> dict[str, Any]:
+    part = slice(members.start, members.stop)
+    return {name: value[part] if isinstance(value, list) else value for name, value in arguments.items()}
 
 
 class RewardPool:

@@ -71,10 +71,19 @@ READY: dict[str, Callable[..., list[float | None]]] = {
 }
 """Those that need neither a library nor a time limit, by name."""
 
-MODULES = {
+POOLED = {
+    "boxed_format": "gvpo.rewards.shape:boxed_format",
     "math_accuracy": "gvpo.rewards.math:math_accuracy",
+    "reasoning_gym_score": "gvpo.rewards.gym:reasoning_gym_score",
+    "think_format": "gvpo.rewards.shape:think_format",
 }
-"""The others, by name."""
+"""Those that run in killable processes as other modules' do."""
+
+BOUNDED = {
+    "code_accuracy": "gvpo.rewards.code:code_accuracy",
+    "judge_accuracy": "gvpo.rewards.judge:judge_accuracy",
+}
+"""Those with limits of their own: they start processes, or wait for a server, and are called where the run is."""
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:

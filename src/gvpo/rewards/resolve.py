@@ -13,7 +13,7 @@ from typing import Any
 
 from gvpo.errors import UserError, error_line, nearest, shortened
 from gvpo.rewards.limits import Limits
-from gvpo.rewards.ready import MODULES, READY
+from gvpo.rewards.ready import BOUNDED, POOLED, READY
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def resolve_rewards(
     entries = [spec] if isinstance(spec, str) or callable(spec) else spec
     if not isinstance(entries, Sequence):
         raise UserError(f"reward_funcs is {spec!r}: give a function, 'module:function', or a list of these")
-    entries = [MODULES.get(entry, entry) if isinstance(entry, str) else entry for entry in entries]
+    entries = [POOLED.get(entry, entry) if isinstance(entry, str) else entry for entry in entries]
     pooled = _pooled([entry for entry in entries if isinstance(entry, str) and ":" in entry], pool)
     functions = [
         entry if not isinstance(entry, str) else pooled[entry] if entry in pooled else _find(entry) for entry in entries
@@ -64,11 +64,12 @@ def _pooled(entries: list[str], limits: Limits | None) -> dict[str, Callable[...
 
 
 def _find(entry: str) -> Callable[..., Any]:
+    entry = BOUNDED.get(entry, entry)
     if ":" not in entry:
         if entry in READY:
             return READY[entry]
         raise UserError(
-            f"reward_funcs: no ready-made reward is named {entry!r}; {nearest(entry, [*READY, *MODULES])} "
+            f"reward_funcs: no ready-made reward is named {entry!r}; {nearest(entry, [*READY, *POOLED, *BOUNDED])} "
             "(a function of your own is written 'module:function')"
         )
     module_name, _, function_name = entry.partition(":")
