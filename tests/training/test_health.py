@@ -140,6 +140,14 @@ def test_truncation_of_what_the_policy_draws() -> None:
     assert names(rows(10, completions__truncated=0.95, source__policy=None, source__dataset=1.0)) == []
 
 
+def test_reward_functions_that_fail() -> None:
+    failing = rows(3, rewards__failed__hang=2.0, rewards__failed__exit=1.0)
+    assert names(failing) == ["failing_rewards"]
+    assert "3 completions of the last rollout no answer (2 hang, 1 exit)" in text(failing)
+    # The last rollout counts, and a reward function of that name is none of ours.
+    assert names([*failing, *rows(1, start=4)]) == names(rows(1, rewards__failed__mean=1.0)) == []
+
+
 def test_no_groups_at_once_from_the_start_and_after_three_later() -> None:
     empty = [{"update": n, "members/dropped": 24.0} for n in range(1, 30)]
     assert names(empty[:1]) == ["no_groups"]

@@ -10,7 +10,9 @@ from gvpo.errors import UserError
 from gvpo.rewards.answer_finding import final_answers
 from gvpo.rewards.answer_latex import LONGEST, plain_latex
 from gvpo.rewards.equivalence import extract_answer, is_equivalent
+from gvpo.rewards.guard import guarded
 from gvpo.rewards.ready import Texts, completion_text
+from gvpo.rewards.worker import is_worker
 
 
 def math_accuracy(*, completions: Texts | None, answers: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -19,12 +21,16 @@ def math_accuracy(*, completions: Texts | None, answers: Sequence[Any], **column
     answers: for each row a string or number, or a list of them; whole solutions that end in `\boxed{}` or `####` too.
         None: no verdict, another function's task.
     The final answer is what `gvpo.rewards.answer_finding` says: one counts, the last. What cannot be read, or is too
-    large to be evaluated, is right only where it is the accepted answer as text.
+    large to be evaluated, is right only where it is the accepted answer as text. Computed in processes that are killed
+    after 30 s (`gvpo.rewards.guarded`): a member that takes longer gets None, which is logged.
 
     Raises UserError for an accepted answer that is empty, or no string or number.
     """
     if completions is None:
         raise UserError("reward 'math_accuracy' reads texts, and these completions are ids alone: give a tokenizer")
+    if not is_worker():
+        texts = [completion_text(completion) for completion in completions]
+        return guarded("gvpo.rewards.math:math_accuracy")(completions=texts, answers=list(answers))
     return [
         None if row is None else float(_is_right(completion_text(completion), accepted_answers(row)))
         for completion, row in zip(completions, answers, strict=True)
