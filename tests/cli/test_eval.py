@@ -173,7 +173,7 @@ class TestStopping:
             "m.COMMANDS['eval'] = ''\n"
             "lines, write = [], os.write\n"
             "def last(file, line):\n"
-            "    lines.append(line)\n"
+            "    lines.extend([line] * (bytes(line[:6]) == b'{\"id\":'))\n"
             "    if len(lines) < 4: return write(file, line)\n"
             "    write(file, line[: len(line) // 2])\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -206,7 +206,10 @@ class TestStopping:
             (["--temperature", "0.5"], "was evaluated with tasks.letters.temperature 0.6, now it is 0.5"),
             (["--max_completion_length", "4"], "was evaluated with max_completion_length 5, now it is 4"),
             (["--template", "question"], 'was evaluated with template "plain", now it is "question"'),
-            (["--reward", "last_number"], 'was evaluated with reward "exact_match", now it is "last_number"'),
+            (
+                ["--reward", "last_number"],
+                'was evaluated with tasks.letters.reward "exact_match", now it is "last_number"',
+            ),
             (["--limit", "2"], "was evaluated with tasks.letters.problems 7, now it is 2"),
             (["--task", "more.jsonl"], "was evaluated with tasks letters, now it is letters, more"),
             (["--model", "other"], 'was evaluated with model "tiny", now it is "other"'),
@@ -315,7 +318,7 @@ class TestGiven:
         assert score("run", rows, "--task", "letters.jsonl", "--reward", "judge:unsure") == 0
         found = results("run")["tasks"]["letters"]
         assert (found["unscored"], found["right"], found["pass@1"]) == (2, 5, 5 / 7)
-        assert "unscored: 2 completions have no verdict, and count as not right.\n" in capsys.readouterr().out
+        assert "letters: 2 completions have no verdict, and count as not right\n" in capsys.readouterr().out
 
     def test_other_completions_in_the_file_are_another_run(self, capsys: pytest.CaptureFixture[str]) -> None:
         how = ["--task", "letters.jsonl", "--reward", "exact_match"]

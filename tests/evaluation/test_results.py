@@ -36,6 +36,7 @@ class TestTask:
             "interval": {"low": low, "high": high, "by": "bootstrap"},
             "right": 1,
             "unscored": 1,
+            "failures": {},
             "truncated": 0.25,
             "without_answer": 0.25,
             "mean_reward": None,
@@ -78,7 +79,11 @@ class TestTask:
         assert lengths == [[20.0, 10.0, 30.0], [20.0, None, None], [None, 10.0, None]]
 
 
-SETTINGS = {"model": "m", "seed": 3, "tasks": {"a": {"temperature": 0.0, "top_p": 1.0}, "b": {}}}
+SETTINGS = {
+    "model": "m",
+    "seed": 3,
+    "tasks": {"a": {"temperature": 0.0, "top_p": 1.0, "reward": "x"}, "b": {"reward": "x"}},
+}
 
 
 class TestSuite:
@@ -106,17 +111,19 @@ class TestSuite:
 class TestTables:
     def test_what_is_shown(self) -> None:
         groups = {
-            "a": problems([one(1.0, 10)], [one(None, 20)]),
+            "a": problems([one(1.0, 10)], [one(None, 20, meta={"reward_failures": {"x": "timeout: after 30 s"}})]),
             "b": problems([one(1.0, vote=0), one(0.0, vote=1)], [one(1.0, vote=0), one(0.0, vote=1)]),
         }
         text = results_text(suite_results(SETTINGS, groups))
         lines = text.splitlines()
         assert max(map(len, lines)) <= 120
-        assert lines[0] == "model m, seed 3, temperature 0, top_p 1"
+        assert lines[0] == "model m, seed 3, temperature 0, top_p 1, reward x"
         assert lines[3].split()[:4] == ["a", "2", "1", "50.00"]
         assert " w " in lines[4] and "Wilson" in text
         assert lines[5].split() == ["average", "50.00", "-"]
-        assert "unscored: 1 completions have no verdict" in text
+        assert (
+            "a: 1 completions have no verdict, and count as not right (the reward function failed: 1 timeout)\n" in text
+        )
         assert [line.split() for line in lines[6:8]] == [
             ["task", "maj@k", "pass@1", "pass@2"],
             ["b", "50.00", "50.00", "100.00"],

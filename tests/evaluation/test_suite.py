@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gvpo.errors import UserError
-from gvpo.evaluation.suite import Drawing, EvalTask, file_name, task_names
+from gvpo.evaluation.suite import Drawing, EvalTask, default_reward, file_name, task_names
 from gvpo.sampling.sampler import SamplingParams
 from gvpo.tasks import SUITES, Problem
 
@@ -43,9 +43,17 @@ def test_names_of_files(task: str, name: str) -> None:
     assert file_name(task) == name
 
 
+def test_who_judges() -> None:
+    assert [default_reward(name) for name in ("amc", "a.jsonl", "gym:maze")] == [
+        "math_accuracy",
+        "math_accuracy",
+        "reasoning_gym_score",
+    ]
+
+
 def test_rows_have_an_answer_for_every_reward() -> None:
     problems = [Problem("p", ["1", "2"], "t/0", "w"), Problem("q", ["3"], "t/1", "w", {"answer": "#### 3", "level": 5})]
-    rows = EvalTask("t", problems, 1, SamplingParams(9)).rows("plain")
+    rows = EvalTask("t", problems, 1, SamplingParams(9), "exact_match").rows("plain")
     assert [row.columns for row in rows] == [
         {"answer": "1", "answers": ["1", "2"], "problem": "p", "id": "t/0"},
         {"answer": "#### 3", "answers": ["3"], "problem": "q", "id": "t/1", "level": 5},
@@ -55,7 +63,7 @@ def test_rows_have_an_answer_for_every_reward() -> None:
 
 def test_settings_tell_other_problems_and_answers() -> None:
     def digest(text: str, answer: str) -> str:
-        return EvalTask("t", [Problem(text, [answer], "t/0", "w")], 1, SamplingParams(9)).settings()["digest"]
+        return EvalTask("t", [Problem(text, [answer], "t/0", "w")], 1, SamplingParams(9), "r").settings()["digest"]
 
     assert len({digest("p", "1"), digest("q", "1"), digest("p", "2")}) == 3
     assert digest("p", "1") == digest("p", "1")

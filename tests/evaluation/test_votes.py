@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from gvpo.evaluation.votes import number_votes
+from gvpo.evaluation.votes import EqualInWorkers, number_votes
 
 SAME = [{"1/2", "0.5", "\\frac12"}, {"x+1", "1+x"}]
 
@@ -72,3 +73,23 @@ def test_every_round_takes_an_answer_off(count: int) -> None:
     numbered, judge = votes([f"a{n}" for n in range(count)])
     assert numbered == list(range(count))
     assert len(judge.calls) == count - 1
+
+
+class TestInWorkers:
+    def test_mathematics(self) -> None:
+        asked = [("1/2", ["0.5", "2", "\\frac{2}{4}"]), ("x+1", ["1+x"])]
+        assert EqualInWorkers()(asked) == [[True, False, True], [True]]
+
+    def test_comparisons_that_fail_are_differences_however_many(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "algebra.py").write_text(
+            "import os\n"
+            "def same(completions, other, **columns):\n"
+            "    if 'bad' in other: os._exit(1)\n"
+            "    return [float(one == another) for one, another in zip(completions, other)]\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        equal = EqualInWorkers("algebra:same")
+        many = [str(n) for n in range(45)]
+        assert equal([("bad", many), ("7", many)]) == [[False] * 45, [one == "7" for one in many]]

@@ -90,14 +90,14 @@ def eval(
         ),
     ] = None,
     reward: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--reward",
             metavar="NAME",
-            help="Judges completions, 1 or more is right: module:function, or a ready-made one.",
-            show_default=True,
+            help="Judges completions, 1 or more is right: module:function, or a ready-made one.  [default: "
+            "math_accuracy; of gym: tasks reasoning_gym_score]",
         ),
-    ] = "math_accuracy",
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, metavar="INT", help=f"Of all draws.  [default: {SEED}]")
     ] = None,
@@ -147,7 +147,7 @@ def eval(
     if completions is not None:
         _refuse(draws, "says how completions are drawn, and --completions brings them; leave one of the two out")
         drawing = Drawing(LENGTH, num_samples=1)
-    tasks = load_tasks(task_names(suite or [], task or []), data_dir, limit, drawing)
+    tasks = load_tasks(task_names(suite or [], task or []), data_dir, limit, drawing, reward)
     sampling = {"max_completion_length": drawing.max_completion_length, "top_k": drawing.top_k}
     if completions is not None:
         source, tasks = given_completions(completions, tasks)
@@ -159,9 +159,9 @@ def eval(
         origin = server_origin(server, model)
     else:
         origin = local_origin(model or MODEL, rollout_dtype=rollout_dtype or "auto", use_vllm=use_vllm)
-    functions = _functions(reward)
+    functions = {name: _functions(name) for name in dict.fromkeys(one.reward for one in tasks)}
     _check_columns(tasks, functions, template)
-    settings: dict[str, Any] = {**origin.settings, **sampling, "reward": reward, "seed": SEED if seed is None else seed}
+    settings: dict[str, Any] = {**origin.settings, **sampling, "seed": SEED if seed is None else seed}
     settings["tasks"] = {one.name: one.settings(drawn=completions is None) for one in tasks}
     if template is not None:
         settings["template"] = template
@@ -170,9 +170,11 @@ def eval(
 
 @dataclass(frozen=True)
 class _Job:
+    """functions: by the name that a task's reward has."""
+
     folder: Path
     tasks: Sequence[EvalTask]
-    functions: Sequence[RewardFunction]
+    functions: Mapping[str, Sequence[RewardFunction]]
     origin: Origin
     batch: int
 
@@ -221,7 +223,8 @@ def _draw(job: _Job, opened: Opened, seed: int) -> int:
                 show(there, task.name)
                 return stop.code is None
 
-            drawer = Drawer(opened.source(one.params), opened.tokenizer, job.functions, equal, one.num_samples, seed)
+            functions, k = job.functions[one.reward], one.num_samples
+            drawer = Drawer(opened.source(one.params), opened.tokenizer, functions, equal, k, seed)
             try:
                 done = evaluate_task(one.rows(opened.template), _file(job, one), drawer, job.batch, go_on)
             except UserError as error:
@@ -254,12 +257,15 @@ def _refuse(options: Mapping[str, Any], reason: str) -> None:
             raise UserError(f"--{name}: {reason}")
 
 
-def _check_columns(tasks: Sequence[EvalTask], functions: Sequence[RewardFunction], template: str | None) -> None:
+def _check_columns(
+    tasks: Sequence[EvalTask], functions: Mapping[str, Sequence[RewardFunction]], template: str | None
+) -> None:
     """What is kept must be JSON, and reach the functions; the template must be one."""
     from gvpo.rewards.calling import check_signatures
     from gvpo.sources.dataset import column_names
     from gvpo.training.data_checks import check_columns
 
-    rows = [row for one in tasks for row in one.rows(template or "plain")]
-    check_columns(rows)
-    check_signatures(functions, column_names(rows))
+    for one in tasks:
+        rows = one.rows(template or "plain")
+        check_columns(rows)
+        check_signatures(functions[one.reward], column_names(rows))

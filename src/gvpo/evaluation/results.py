@@ -14,6 +14,7 @@ import numpy as np
 from gvpo.evaluation import estimators
 from gvpo.evaluation.run import is_right
 from gvpo.groups import Completion, Group
+from gvpo.rewards.fill import failures_by_cause
 
 VERSIONS = ("gvpo", "torch", "transformers", "numpy", "math-verify", "reasoning-gym", "vllm")
 
@@ -38,7 +39,7 @@ def task_results(groups: Sequence[Group], seed: Sequence[int]) -> dict[str, Any]
     """The results of one task: equally many completions of every problem. seed: of the bootstrap.
 
     Shares are in [0, 1]; lengths in tokens, None where there is nothing to measure. mean_reward: of those with a
-    verdict; None where all are 0 or 1, and it says nothing more.
+    verdict; None where all are 0 or 1, and it says nothing more. failures: of the reward function, by cause.
     """
     k = groups[0].k
     completions = [one for group in groups for one in group.completions]
@@ -50,6 +51,7 @@ def task_results(groups: Sequence[Group], seed: Sequence[int]) -> dict[str, Any]
         "interval": estimators.interval([right / k for right in right_P], seed),
         "right": sum(right_P),
         "unscored": sum(one.reward is None for one in completions),
+        "failures": dict(sorted(failures_by_cause(groups).items())),
         "truncated": fmean(one.truncated for one in completions),
         "without_answer": fmean(one.meta.get("answer") is None for one in completions),
         "mean_reward": _mean_reward([one.reward for one in completions if one.reward is not None]),

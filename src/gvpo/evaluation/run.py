@@ -57,7 +57,8 @@ def evaluate_task(rows: Sequence[Row], path: Path, drawer: Drawer, batch: int, g
     Raises UserError as source, rewards and files do; what was written stays.
     """
     there = groups_there(path, rows)
-    for start in range(there - there % batch, len(rows), batch):
+    first = there - there % batch if there < len(rows) else there
+    for start in range(first, len(rows), batch):
         if not go_on(there):
             return False
         groups = drawer.groups(rows[start : start + batch])

@@ -12,6 +12,7 @@ from typing import Any
 from gvpo.errors import UserError, located, nearest
 from gvpo.group_files import numbered_rows
 from gvpo.groups import Completion, Group, group_from_dict
+from gvpo.rewards.fill import FAILURES
 from gvpo.sampling.sampler import SamplingParams
 from gvpo.sources.dataset import Row
 from gvpo.tasks import SUITES, TASKS, Problem, load_problems, prompt_rows
@@ -22,12 +23,16 @@ SEVERAL_TEMPERATURE, SEVERAL_TOP_P = 0.6, 0.95
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A task as it is evaluated: its problems, k, and how they are drawn; its file in a run's folder has its name."""
+    """A task as it is evaluated: its problems, k, how they are drawn, and the reward function that judges them.
+
+    name: of its file in a run's folder too.
+    """
 
     name: str
     problems: list[Problem]
     num_samples: int
     params: SamplingParams
+    reward: str
 
     def rows(self, template: str) -> list[Row]:
         """The problems as prompts; the column `answer`, where they have none, is the first accepted answer."""
@@ -38,9 +43,15 @@ class EvalTask:
 
     def settings(self, *, drawn: bool = True) -> dict[str, Any]:
         """What tells this evaluation of the task from another one; drawn: whether completions are."""
-        told = [[problem.id, problem.text, problem.answers] for problem in self.problems]
+        asked = [[problem.id, problem.text, problem.answers] for problem in self.problems]
         how = {"temperature": self.params.temperature, "top_p": self.params.top_p} if drawn else {}
-        return {"problems": len(told), "digest": digest(told), "num_samples": self.num_samples, **how}
+        return {
+            "problems": len(asked),
+            "digest": digest(asked),
+            "num_samples": self.num_samples,
+            **how,
+            "reward": self.reward,
+        }
 
 
 @dataclass(frozen=True)
@@ -80,14 +91,22 @@ def task_names(suites: Sequence[str], tasks: Sequence[str]) -> list[str]:
     return names
 
 
-def load_tasks(names: Sequence[str], data_dir: str | None, limit: int | None, drawing: Drawing) -> list[EvalTask]:
+def default_reward(task: str) -> str:
+    """Who judges a task where nobody else is named."""
+    return "reasoning_gym_score" if task.startswith("gym:") else "math_accuracy"
+
+
+def load_tasks(
+    names: Sequence[str], data_dir: str | None, limit: int | None, drawing: Drawing, reward: str | None = None
+) -> list[EvalTask]:
     """The tasks with their problems. Raises UserError as `load_problems` does, and for two of one name."""
     tasks: dict[str, EvalTask] = {}
     for name in names:
         own, how = file_name(name), drawing.of(name)
         if own in tasks:
             raise UserError(f"--task {name}: another task is called {own!r} too; rename one of the files")
-        tasks[own] = EvalTask(own, load_problems(name, data_dir=data_dir, limit=limit), *how)
+        problems = load_problems(name, data_dir=data_dir, limit=limit)
+        tasks[own] = EvalTask(own, problems, *how, reward or default_reward(name))
     return list(tasks.values())
 
 
@@ -149,8 +168,8 @@ def _given(where: str, row: Any) -> list[Completion]:
         if not isinstance(row, Mapping) or row.get("completions") is None:
             raise UserError("no completions; give 'completions', a list of texts, or one text as 'completion'")
         group: Group = group_from_dict({"prompt": "", "completions": row["completions"]})
-    kept = ("answer", "vote", "rewards", "extra")  # of an earlier scoring
+    scored = ("answer", "vote", "rewards", "extra", FAILURES)  # of an earlier scoring
     return [
-        replace(one, reward=None, meta={name: value for name, value in one.meta.items() if name not in kept})
+        replace(one, reward=None, meta={name: value for name, value in one.meta.items() if name not in scored})
         for one in group.completions
     ]

@@ -55,8 +55,7 @@ def results_text(results: Mapping[str, Any]) -> str:
         parts.append(
             "w: Wilson's interval; all problems of the task have the same share, which bootstraps to a point.\n"
         )
-    if unscored := sum(task["unscored"] for task in tasks.values()):
-        parts.append(f"unscored: {unscored} completions have no verdict, and count as not right.\n")
+    parts += [_unscored_line(name, task) for name, task in tasks.items() if task["unscored"]]
     return "".join(parts)
 
 
@@ -117,15 +116,22 @@ def _several(tasks: Mapping[str, Any], names: Sequence[str]) -> str:
     return table(["task", "maj@k", *(f"pass@{j}" for j in counts)], rows)
 
 
+def _unscored_line(name: str, task: Mapping[str, Any]) -> str:
+    causes = ", ".join(f"{count} {cause}" for cause, count in task["failures"].items())
+    told = f" (the reward function failed: {causes})" if causes else ""
+    return f"{name}: {task['unscored']} completions have no verdict, and count as not right{told}\n"
+
+
 def _settings_line(settings: Mapping[str, Any]) -> str:
-    names = ("model", "server", "completions", "template", "reward", "max_completion_length", "seed")
+    names = ("model", "server", "completions", "template", "max_completion_length", "seed")
     told = [f"{name} {settings[name]}" for name in names if settings.get(name) is not None]
     drawn = {
         f"temperature {task['temperature']:g}, top_p {task['top_p']:g}"
         for task in settings["tasks"].values()
         if "temperature" in task
     }
-    return ", ".join([*told, *sorted(drawn)]) + "\n"
+    judges = dict.fromkeys(f"reward {task['reward']}" for task in settings["tasks"].values())
+    return ", ".join([*told, *sorted(drawn), *judges]) + "\n"
 
 
 def _percent(share: float | None) -> str:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from gvpo.rewards.limits import Limits
-from gvpo.rewards.pool import GIVE_UP, RewardPool
+from gvpo.rewards.outputs import Output
+from gvpo.rewards.pool import GIVE_UP, PooledFunction, RewardPool
 
 Equal = Callable[[Sequence[tuple[str, list[str]]]], list[list[bool]]]
 """For each of some answers, and others that it is compared with, which of these are the same."""
@@ -50,28 +52,34 @@ def number_votes(
 
 
 class EqualInWorkers:
-    """`Equal` by mathematics, in killable processes, which start with the first comparison."""
+    """`Equal` by a reward function with the column `other`, in killable processes, which start when it is first asked.
 
-    def __init__(self) -> None:
+    entry: the function, `module:function`; 1.0 = the same. One that fails says that two answers are different.
+    """
+
+    def __init__(self, entry: str = f"{__name__}:same_answer", seconds: float = SECONDS) -> None:
+        self._entry, self._seconds = entry, seconds
         self._pool: RewardPool | None = None
 
     def __call__(self, asked: Sequence[tuple[str, list[str]]]) -> list[list[bool]]:
         """See `Equal`."""
-        self._pool = self._pool or RewardPool([f"{__name__}:{same_answer.__name__}"], Limits(SECONDS))
-        (function,) = self._pool.functions
-        waiting = []
-        for n, (first, others) in enumerate(asked):
-            # A pool gives up on a name under which so many in a row fail; one answer may well hang against them all.
-            parts = [others[at : at + GIVE_UP - 1] for at in range(0, len(others), GIVE_UP - 1)]
-            waiting.append(
-                [
-                    function.submit(
-                        f"same_answer {n}.{m}", {"completions": part, "other": [first] * len(part)}, len(part)
-                    )
-                    for m, part in enumerate(parts)
-                ]
-            )
-        return [[value == 1.0 for part in parts for value in part.result().values] for parts in waiting]
+        started = [self._start(f"same_answer {n}", first, others) for n, (first, others) in enumerate(asked)]
+        return [[value == 1.0 for part in parts for value in part.result().values] for parts in started]
+
+    def _start(self, name: str, first: str, others: list[str]) -> list[Future[Output]]:
+        # A pool gives up on a name under which too many in a row fail, and one answer may hang against all others.
+        size = GIVE_UP - 1
+        parts = [others[at : at + size] for at in range(0, len(others), size)]
+        arguments = [{"completions": part, "other": [first] * len(part)} for part in parts]
+        return [
+            self._function.submit(f"{name}.{m}", given, len(part))
+            for m, (part, given) in enumerate(zip(parts, arguments, strict=True))
+        ]
+
+    @property
+    def _function(self) -> PooledFunction:
+        self._pool = self._pool or RewardPool([self._entry], Limits(self._seconds))
+        return self._pool.functions[0]
 
 
 def same_answer(*, completions: Sequence[str], other: Sequence[str], **columns: Any) -> list[float]:
