@@ -20,11 +20,12 @@ from faulty import CAUSE, MISDEEDS
 
 from gvpo.errors import UserError
 from gvpo.groups import Completion, Group
-from gvpo.rewards import guarded, process, resolve_rewards, score_groups
+from gvpo.rewards import guarded, resolve_rewards, score_groups
 from gvpo.rewards.fill import fill_rewards
 from gvpo.rewards.limits import Limits
 from gvpo.rewards.outputs import Output
-from gvpo.rewards.pool import GIVE_UP, PooledFunction, RewardPool
+from gvpo.rewards.workers import process
+from gvpo.rewards.workers.pool import GIVE_UP, PooledFunction, RewardPool
 
 HERE = Path(__file__).parent
 

@@ -10,7 +10,7 @@ import pytest
 from training_helpers import prompts, settings, tiny_model
 
 from gvpo.group_files import read_groups
-from gvpo.rewards.pool import PooledFunction
+from gvpo.rewards.workers.pool import PooledFunction
 from gvpo.sampling import TorchSampler
 from gvpo.training.loop import GVPOTrainer
 

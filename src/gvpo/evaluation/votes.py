@@ -15,7 +15,7 @@ from typing import Any
 
 from gvpo.rewards.limits import Limits
 from gvpo.rewards.outputs import Output
-from gvpo.rewards.pool import GIVE_UP, PooledFunction, RewardPool
+from gvpo.rewards.workers.pool import GIVE_UP, PooledFunction, RewardPool
 
 Equal = Callable[[Sequence[tuple[str, list[str]]]], list[list[bool]]]
 """For each of some answers, and others that it is compared with, which of these are the same."""

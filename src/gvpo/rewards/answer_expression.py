@@ -1,20 +1,20 @@
 r"""Expressions: two are equal where they have the same values. Parsed by math-verify's parser, compared to 40 digits.
 
 math-verify compares by `simplify`, which has no bound on its time and proves little about trigonometric or nested
-forms. Here both sides are evaluated with 50 digits at fixed, irregular points, each once (the values are kept), and
+forms. Here both sides are evaluated with 150 digits at fixed, irregular points, each once (the values are kept), and
 agree to 40 digits or are different. Two answers that agree there and are not equal would have to be made for it. What
 has no values, sets and relations, goes to `math_verify.verify`, its time limits off: they are signals, and fail outside
 the main thread.
 
-Nothing is handed to the parser that could take long: `affordable` looks at the text alone. This module imports sympy.
+Nothing is handed to the parser that could take it long: `affordable` looks at the text alone. The parser leaves terms
+unevaluated, and the evaluation gives up on numbers of more than `LARGEST_POWER` bits. This module imports sympy.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import zlib
-from decimal import Decimal, localcontext
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -23,16 +23,17 @@ import math_verify.grader
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
+from mpmath import mp
 from sympy.core.function import AppliedUndef
 
 from gvpo.rewards.answer_latex import closing
 
-DIGITS = 50  # of every value
-AGREE = Decimal("1e-40")  # relative difference of values that count as equal
-NOTHING = Decimal("1e-90")  # below it a value is zero: what cancellation leaves
+DIGITS = 150  # of every value, so that 40 are left after any cancellation in an answer
+AGREE = "1e-40"  # relative difference of values that count as equal
+NOTHING = "1e-90"  # below it a value is zero: what cancellation leaves
 POINTS = 4
-
-Value = tuple[Decimal, Decimal]  # real and imaginary part
+LARGEST_POWER = 10**6  # bits of a power
+LARGEST_ARGUMENT = 10**5  # of a factorial or an exponential function
 
 math_verify.grader.TIMEOUT_WARNING_SHOWN = True  # its warning that its time limit is off
 
@@ -45,7 +46,7 @@ def same_expression(answer: str, accepted: str) -> bool:
     if values is None or expected is None:
         return not isinstance(_expression(accepted), sympy.Expr) and _verified(answer, accepted)
     size = max(len(values), len(expected))  # one without variables has one value at all points
-    return _agree(values * (size // len(values)), expected * (size // len(expected)))
+    return all(map(_close, values * (size // len(values)), expected * (size // len(expected))))
 
 
 def same_equation(answer: tuple[str, str], accepted: tuple[str, str]) -> bool:
@@ -56,70 +57,120 @@ def same_equation(answer: tuple[str, str], accepted: tuple[str, str]) -> bool:
     values, expected = _values(first), _values(second)
     if values is None or expected is None or len(values) == 1:  # with one value there is no unknown
         return False
-    crossed = [(_times(values[0], b), _times(expected[0], a)) for a, b in zip(values, expected, strict=True)]
-    return not _is_zero(values[0]) and not _is_zero(expected[0]) and all(_agree([a], [b]) for a, b in crossed)
+    with mp.workdps(DIGITS):
+        nothing = any(abs(value) < mp.mpf(NOTHING) for value in (values[0], expected[0]))
+        return not nothing and all(
+            _close(values[0] * b, expected[0] * a) for a, b in zip(values, expected, strict=True)
+        )
 
 
 def real_value(text: str) -> Fraction | None:
-    """The value of an expression without variables, to 50 digits; None where it has none, or is not real."""
+    """The value of an expression without variables, to 40 digits; None where it has none, or is not real."""
     values = None if _expression(text) is None or _symbols(text) else _values(text)
-    if values is None or not _is_zero((values[0][1], Decimal(0))) or abs(values[0][0].adjusted()) > 4_000:
+    if values is None or not _close(values[0], mp.re(values[0])):
         return None
-    return Fraction(values[0][0])
+    sign, mantissa, exponent, _ = mp.re(values[0])._mpf_
+    return Fraction(-mantissa if sign else mantissa) * Fraction(2) ** exponent if abs(exponent) < 20_000 else None
 
 
 # Values
 
 
 @lru_cache(maxsize=8192)
-def _values(text: str) -> list[Value] | None:
-    expression, symbols = _expression(text), _symbols(text)
-    values: list[Value] = []
-    for point in range(POINTS if symbols else 1):
-        at = {symbol: _coordinate(symbol.name, point) for symbol in symbols}
-        value = _value(expression, at)
-        if value is None:
+def _values(text: str) -> list[Any] | None:
+    symbols = _symbols(text)
+    with mp.workdps(DIGITS):
+        at_points = [
+            {one: _coordinate(one.name, point) for one in symbols} for point in range(POINTS if symbols else 1)
+        ]
+        try:
+            return [_evaluated(_expression(text), at) for at in at_points]
+        except (_NoValue, ArithmeticError, ValueError, RecursionError, mp.NoConvergence):
             return None
-        values.append(value)
-    return values
 
 
-def _coordinate(name: str, point: int) -> sympy.Rational:
+def _coordinate(name: str, point: int) -> Any:
     """Between 0.3 and 2.7, the same for a name in all expressions; from the third point on of either sign."""
     number = zlib.crc32(f"{name} {point}".encode())
-    return sympy.Rational(300 + number % 2_400, 997) * (-1 if point >= 2 and number & 4_096 else 1)
+    return mp.mpf(300 + number % 2_400) / (-997 if point >= 2 and number & 4_096 else 997)
 
 
-def _value(expression: Any, at: dict[Any, Any]) -> Value | None:
-    # Sympy raises what it likes on terms that it cannot evaluate; these have no value.
-    try:
-        real, imaginary = expression.evalf(DIGITS, subs=at).as_real_imag()
-        value = Decimal(str(real)), Decimal(str(imaginary))
-        return value if all(part.is_finite() for part in value) else None
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, NotImplementedError):
-        return None
+class _NoValue(Exception):
+    """A set, an unknown function, or a number that is too large."""
 
 
-def _agree(values: list[Value], expected: list[Value]) -> bool:
-    return len(values) == len(expected) and all(map(_close, values, expected))
+def _evaluated(term: Any, at: dict[Any, Any]) -> Any:
+    if term in at:
+        return at[term]
+    if isinstance(term, sympy.Rational):
+        return mp.mpf(term.p) / term.q
+    if term in _CONSTANTS:
+        return _CONSTANTS[term]()
+    function = _FUNCTIONS.get(term.func)
+    if function is None:
+        raise _NoValue
+    values = [_evaluated(argument, at) for argument in term.args]
+    value = _power(values[0], values[1], term.exp) if term.func is sympy.Pow else function(*values)
+    if not mp.isfinite(value):
+        raise _NoValue
+    return value
 
 
-def _close(one: Value, other: Value) -> bool:
-    with localcontext(prec=2 * DIGITS):
-        size = max(map(abs, (*one, *other)))
-        return size < NOTHING or all(abs(a - b) <= AGREE * size for a, b in zip(one, other, strict=True))
+def _power(base: Any, exponent: Any, written: Any) -> Any:
+    """A power; a real root where it is an odd one of a negative number."""
+    if base == 0 and mp.re(exponent) < 0:
+        raise _NoValue
+    if base != 0 and abs(exponent) * (abs(mp.mag(base)) + 1) > LARGEST_POWER:
+        raise _NoValue
+    odd_root = isinstance(written, sympy.Rational) and written.q % 2 == 1
+    if odd_root and mp.im(base) == 0 and mp.re(base) < 0:
+        return mp.power(-base, exponent) * (-1) ** (written.p % 2)
+    return mp.power(base, exponent)
 
 
-def _is_zero(value: Value) -> bool:
-    return max(map(abs, value)) < NOTHING
+def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
+    def applied(*values: Any) -> Any:
+        if any(abs(value) > LARGEST_ARGUMENT for value in values):
+            raise _NoValue
+        return function(*values)
+
+    return applied
 
 
-def _times(one: Value, other: Value) -> Value:
-    with localcontext(prec=2 * DIGITS):
-        return one[0] * other[0] - one[1] * other[1], one[0] * other[1] + one[1] * other[0]
+def _rounded(function: Callable[[Any], Any], sign: int) -> Callable[[Any], Any]:
+    # A whole number may have come out a little too small or too large.
+    return lambda value: function(mp.re(value) + sign * mp.mpf(NOTHING))
+
+
+_CONSTANTS: dict[Any, Callable[[], Any]] = {
+    sympy.pi: lambda: +mp.pi,
+    sympy.E: lambda: +mp.e,
+    sympy.I: lambda: mp.mpc(0, 1),
+}
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    sympy.Add: lambda *values: mp.fsum(values),
+    sympy.Mul: lambda *values: mp.fprod(values),
+    sympy.Pow: mp.power,
+    sympy.Abs: abs,
+    sympy.floor: _rounded(mp.floor, 1),
+    sympy.ceiling: _rounded(mp.ceil, -1),
+    sympy.log: lambda value, base=mp.e: mp.log(value) / mp.log(base),
+    sympy.UnevaluatedExpr: lambda value: value,
+} | {
+    getattr(sympy, name): _limited(getattr(mp, name))
+    for name in "exp factorial sin cos tan cot sec csc asin acos atan sinh cosh tanh".split()  # noqa: SIM905
+}
+
+
+def _close(one: Any, other: Any) -> bool:
+    with mp.workdps(DIGITS):
+        size = max(abs(one), abs(other))
+        return size < mp.mpf(NOTHING) or abs(one - other) <= mp.mpf(AGREE) * size
 
 
 def _verified(answer: str, accepted: str) -> bool:
+    if not {"^", "!"}.isdisjoint(answer + accepted):  # it would evaluate them, whatever their size
+        return False
     # Whatever math-verify cannot compare has not been shown to be equal: the accepted answer equals itself.
     try:
         return verify(
@@ -186,6 +237,13 @@ _POINT = re.compile(r"(\d*)\.(\d+)(\s*\^)?")
 def _for_parser(text: str) -> str:
     for pattern, replacement in _PARSER_REWRITES:
         text = pattern.sub(replacement, text)
+    while (start := text.find(r"\binom{")) >= 0:  # the parser evaluates it at once
+        end = closing(text, start + 6)
+        last = closing(text, end + 1)
+        if not 0 < end < last:
+            raise ValueError(text)
+        top, bottom = text[start + 7 : end], text[end + 2 : last]
+        text = rf"{text[:start]}\frac{{({top})!}}{{({bottom})!(({top})-({bottom}))!}}{text[last + 1 :]}"
     text = _LETTER.sub(lambda match: _LETTERS.get(match[0], match[0]), text)
     return _POINT.sub(_exact_decimal, text)
 
@@ -198,10 +256,11 @@ def _exact_decimal(match: re.Match[str]) -> str:
 # What can be evaluated in little time
 
 LONGEST_EXPRESSION = 300
+DEEPEST_EXPRESSION = 8
 _KNOWN = """
     frac sqrt cdot times div pi infty binom sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp
     lfloor rfloor lceil rceil lvert rvert vert dot ddot bar hat vec overline hbar ell alpha beta gamma delta epsilon
-    varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta
+    varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Delta
     Theta Lambda Xi Pi Sigma Phi Psi Omega mho begin end cap cup setminus emptyset mathbb le ge ne in text
 """
 _COMMANDS = frozenset(_KNOWN.split())
@@ -211,24 +270,21 @@ _REFUSED = re.compile(
         | \\begin\{(?!p?matrix|bmatrix) | (?<!_)(?<!_\{)\\text """,
     re.VERBOSE,
 )
-_GROWING = re.compile(r"(\^|!|\\binom)")
-LARGEST = 3_000  # exponent, and number before a factorial sign
-LARGEST_PRODUCT = 10**6  # of the exponents of one expression
 
 
 def affordable(text: str) -> bool:
-    """Whether an expression is short, shallow and small enough for it to be evaluated in well under a second.
+    """Whether the parser reads an expression in well under a second, and leaves it unevaluated.
 
-    Towers of powers, factorials of factorials, exponents and factorials of more than 3,000, commands other than
-    those of answers (sums, integrals, determinants) are not: such answers are compared as text.
+    What is longer or deeper, has commands other than those of answers (sums, integrals, determinants) or numbers of
+    more than 30 digits is compared as text.
     """
     return (
         0 < len(text) <= LONGEST_EXPRESSION
         and text.count("|") <= 6
-        and _depth(text) <= 8
+        and text.count("binom") <= 2
+        and _depth(text) <= DEEPEST_EXPRESSION
         and not _REFUSED.search(text)
         and all(command in _COMMANDS for command in re.findall(r"\\([A-Za-z]+)", text))
-        and _is_small(text)
     )
 
 
@@ -238,53 +294,3 @@ def _depth(text: str) -> int:
         depth += 1 if bracket in "({[" else -1
         deepest = max(deepest, depth)
     return deepest
-
-
-def _is_small(text: str) -> bool:
-    product = 1
-    for match in _GROWING.finditer(text):
-        group = _group(text, match.end())
-        if match[0] == "!":
-            size = _size(_before(text, match.start()))
-        elif match[0] == "^":
-            size = _size(group) if "^" not in group or _is_mild_tower(group) else LARGEST + 1
-            product *= size
-        else:
-            both = group + " " + _group(text, text.find("}", match.end() + len(group)) + 1)
-            size = _size(both) if "^" not in both else LARGEST + 1
-        if size > LARGEST:
-            return False
-    return product <= LARGEST_PRODUCT
-
-
-def _is_mild_tower(exponent: str) -> bool:
-    """A square or the like of a variable in the exponent: e^{-x^{2}}."""
-    return (
-        not re.search(r"!|\\binom|\d\s*\^|[)}]\s*\^", exponent) and exponent.count("^") == 1 and _size(exponent) <= 12
-    )
-
-
-def _group(text: str, start: int) -> str:
-    rest = text[start:].lstrip()
-    return rest[1 : closing(rest, 0)] if rest.startswith("{") else rest[:1]
-
-
-def _before(text: str, end: int) -> str:
-    """What a factorial sign applies to."""
-    text = text[:end].rstrip()
-    if not text.endswith((")", "}", "]")):
-        return re.search(r"\d*[^\d]?$", text)[0]  # pyright: ignore[reportOptionalSubscript]
-    depth = 0
-    for at in range(len(text) - 1, -1, -1):
-        depth += {")": 1, "}": 1, "]": 1, "(": -1, "{": -1, "[": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[at:]
-    return text
-
-
-def _size(group: str) -> int:
-    """A bound for the value of a group in which the variables are 1: the product of its numbers, one more than each."""
-    if "!" in group:
-        return LARGEST + 1
-    numbers = re.findall(r"\d+", re.sub(r"\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*\d+\s*\}", r"\1", group))
-    return math.prod(max(1, int(number[:6])) + (len(numbers) > 1) for number in numbers[:8]) if numbers else 1

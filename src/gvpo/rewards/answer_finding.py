@@ -24,7 +24,7 @@ _GLUE = re.compile(
           | (?<![A-Za-z])(?:and|or)(?![A-Za-z]) | [A-Za-z](?:_\{?\w\}?)?\s*[=:] )*""",
     re.VERBOSE,
 )
-_PHRASE = re.compile(r"answer[^\n.]{0,60}?(?:\bis\b|\bare\b|[:=])[\s:*]*", re.IGNORECASE)
+_PHRASE = re.compile(r"answers?\b(?:[^\n.:=]{0,40}?\b(?:is|are)\b:?|\W{0,4}[:=])[\s:*]*", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[.!?](?=[\s*]|$)")
 _FORMULA = re.compile(r"\$\$([^$]{1,500})\$\$|\$([^$\n]{1,500})\$|\\\[(.{1,500}?)\\\]|\\\((.{1,500}?)\\\)", re.DOTALL)
 _JOINT = re.compile(r"\s*(?:,|,?\s*(?:and|or)(?![A-Za-z]))\s*")
@@ -151,13 +151,22 @@ def _formulas(tail: str) -> str:
     """The formulas that the text begins with, commas and "and"s between them."""
     found: list[str] = []
     position = 0
-    while len(found) < BOXES and (match := _FORMULA.match(tail, position)) and not _prose(match[match.lastindex or 0]):
-        found.append(match[match.lastindex or 0])
+    while len(found) < BOXES and (match := _FORMULA.match(tail, position)) and _is_formula(_inside(match)):
+        found.append(_inside(match))
         joint = _JOINT.match(tail, match.end())
         if not joint:
             break
         position = joint.end()
     return ", ".join(found)
+
+
+def _inside(formula: re.Match[str]) -> str:
+    return formula[formula.lastindex or 0].strip()
+
+
+def _is_formula(content: str) -> bool:
+    """Whether there is mathematics between the signs, and not what stands between two sums in dollars."""
+    return not _prose(content) and content[-1:] not in tuple("+-*/=(")
 
 
 def _last_expression(text: str) -> str:
@@ -167,15 +176,18 @@ def _last_expression(text: str) -> str:
     tail = text[-TAIL:]
     formula = None
     for match in _FORMULA.finditer(tail):
-        if not _prose(match[match.lastindex or 0]):
+        if _is_formula(_inside(match)):
             formula = match
     after = _last_run_of_math(tail[formula.end() :] if formula else tail)
-    return after or (formula[formula.lastindex or 0] if formula else "")
+    return after or (_inside(formula) if formula else "")
 
 
 def _last_run_of_math(text: str) -> str:
     runs = [run for match in _RUN.finditer(text) if _is_mathematical(run := _trimmed(text, match))]
-    return runs[-1] if runs else ""
+    if not runs:
+        return ""
+    before, _, last = runs[-1].rpartition("=")
+    return last.strip(" $") if re.search("[0-9]", before) else runs[-1]  # 9 * 2 = 18, but x = 18
 
 
 def _trimmed(text: str, run: re.Match[str]) -> str:
@@ -183,7 +195,7 @@ def _trimmed(text: str, run: re.Match[str]) -> str:
     found = run[0]
     if run.start() and text[run.start() - 1].isalnum():
         found = found.lstrip("-\u2212")
-    if text[run.end() : run.end() + 1].isalpha():
+    if text[run.end() : run.end() + 1].isalpha() or text[run.end() : run.end() + 1] in ("&", "'", "\u2019"):
         found = re.sub(r"\s+[A-Za-z]?\s*$", "", found)
     found = _EDGE_WORDS.sub("", found).rstrip(_EDGES).lstrip(" ,;:=*/^_<>+")
     for opening, closing in ("()", "[]", "{}"):

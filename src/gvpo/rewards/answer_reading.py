@@ -54,7 +54,7 @@ _SYMBOL = r"(?:[A-Za-z]|\\[a-zA-Z]+)(?:_(?:\{[^{}]*\}|\w))?'*"
 _LABEL = re.compile(
     rf"{_SYMBOL}(?:\(\s*{_SYMBOL}(?:\s*,\s*{_SYMBOL})*\s*\))?|\(\s*{_SYMBOL}(?:\s*,\s*{_SYMBOL})+\s*\)|\\text\{{[^{{}}]*\}}"
 )
-_THOUSANDS = re.compile(r"[^,;]*?(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])[^,;]*")
+_THOUSANDS = re.compile(r"(?:[^,;\d]|(?<!\d)(?:\d{1,3}(?:,\d{3})+|\d+)(?![\d,]))+")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?")
 _LESS = {">": "<", r"\ge": r"\le"}
 _TRANSPOSED = re.compile(r"\^\s*(?:T|\{\s*T\s*\}|\\top|\{\s*\\top\s*\})$")
@@ -103,7 +103,8 @@ def _between_commas(text: str) -> list[str]:
 
 
 def _has_thousands(text: str) -> bool:
-    return _THOUSANDS.fullmatch(text) is not None and len(split(text, ",")) == text.count(",") + 1
+    """Whether each of its commas, none of them in brackets, is inside one number."""
+    return "," in text and _THOUSANDS.fullmatch(text) is not None and len(split(text, ",")) == text.count(",") + 1
 
 
 def _union(text: str, depth: int) -> Answer | None:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gvpo.errors import UserError, nearest, shortened
 from gvpo.rewards.outputs import Failure, Log, Output, blaming, joined, read_output
-from gvpo.rewards.pool import PooledFunction
 from gvpo.rewards.resolve import RewardFunction
+from gvpo.rewards.workers.pool import PooledFunction
 
 if TYPE_CHECKING:
     from gvpo.groups import Completion, Group

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from gvpo.rewards.limits import Limits
-from gvpo.rewards.pool import PooledFunction, RewardPool
+from gvpo.rewards.workers.pool import PooledFunction, RewardPool
 
 
 @functools.cache

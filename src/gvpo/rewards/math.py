@@ -12,7 +12,7 @@ from gvpo.rewards.answer_latex import LONGEST, plain_latex
 from gvpo.rewards.equivalence import extract_answer, is_equivalent
 from gvpo.rewards.guard import guarded
 from gvpo.rewards.ready import Texts, completion_text
-from gvpo.rewards.worker import is_worker
+from gvpo.rewards.workers.worker import is_worker
 
 
 def math_accuracy(*, completions: Texts | None, answers: Sequence[Any], **columns: Any) -> list[float | None]:

@@ -57,7 +57,7 @@ def resolve_rewards(
 def _pooled(entries: list[str], limits: Limits | None) -> dict[str, Callable[..., Any]]:
     if not entries or limits is None or limits.workers == 0:
         return {}
-    from gvpo.rewards.pool import RewardPool
+    from gvpo.rewards.workers.pool import RewardPool
 
     names = list(dict.fromkeys(entries))
     return dict(zip(names, RewardPool(names, limits).functions, strict=True))

@@ -24,9 +24,9 @@ from typing import Any, NoReturn
 import psutil
 
 from gvpo.errors import UserError
-from gvpo.rewards import wire
 from gvpo.rewards.resolve import resolve_rewards
-from gvpo.rewards.worker import work
+from gvpo.rewards.workers import wire
+from gvpo.rewards.workers.worker import work
 
 REQUEST = struct.Struct("!cq")
 REPLY = struct.Struct("!q")

@@ -25,7 +25,7 @@ from typing import Any
 from gvpo.errors import UserError
 from gvpo.rewards.limits import Limits
 from gvpo.rewards.outputs import Failure, Output, joined
-from gvpo.rewards.process import Failed, ForkServer, Worker
+from gvpo.rewards.workers.process import Failed, ForkServer, Worker
 
 GIVE_UP = 20
 """Members in a row that may fail alone before all stops. Where half of all members fail, that is one in a million."""

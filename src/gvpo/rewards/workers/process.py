@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 
 from gvpo.errors import UserError
-from gvpo.rewards import wire
-from gvpo.rewards.fork_server import REPLY, REQUEST
 from gvpo.rewards.limits import Limits
 from gvpo.rewards.outputs import Failure
+from gvpo.rewards.workers import wire
+from gvpo.rewards.workers.fork_server import REPLY, REQUEST
 
 IMPORT_SECONDS = 120.0
 """How long the modules of the functions may take to import."""
@@ -193,7 +193,7 @@ def _start_server(entries: Sequence[str], control: int, output: int) -> subproce
     # The path comes first: what this process imports from, that one must.
     start = (
         "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-        "from gvpo.rewards.fork_server import main; main(int(sys.argv[2]), sys.argv[3:])"
+        "from gvpo.rewards.workers.fork_server import main; main(int(sys.argv[2]), sys.argv[3:])"
     )
     return subprocess.Popen(
         [sys.executable, "-c", start, json.dumps(sys.path), str(control), *entries],

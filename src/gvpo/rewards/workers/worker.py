@@ -13,8 +13,8 @@ from dataclasses import asdict
 from typing import Any
 
 from gvpo.errors import UserError, shortened
-from gvpo.rewards import wire
 from gvpo.rewards.outputs import Log, Output, blaming, read_output
+from gvpo.rewards.workers import wire
 
 _inside = False
 
