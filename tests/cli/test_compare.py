@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from gvpo.cli import main as main_module
 from gvpo.cli.main import main
 from gvpo.evaluation.paired import mcnemar, sign_flip
 
@@ -18,8 +17,6 @@ from gvpo.evaluation.paired import mcnemar, sign_flip
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a task of twelve problems."""
     monkeypatch.chdir(tmp_path)
-    for name in ("eval", "compare"):
-        monkeypatch.setitem(main_module.COMMANDS, name, "")
     write_task("task.jsonl", 12)
     return tmp_path
 
@@ -97,8 +94,8 @@ def test_what_else_differs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     run("a", "r" * 12)
     run("b", "w" * 12)
     found = compare("a", "b")
-    assert list(found["differing_settings"]) == ["digest"]
-    assert "\ndigest: A " in capsys.readouterr().out
+    assert list(found["differing_settings"]) == ["completions_digest"]
+    assert "\ncompletions_digest: A " in capsys.readouterr().out
 
 
 class TestRefused:

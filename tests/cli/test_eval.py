@@ -16,11 +16,10 @@ import pytest
 from training_helpers import END, letters_tokenizer, tiny_model
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from gvpo.cli import main as main_module
 from gvpo.cli.main import main
 from gvpo.evaluation import run as run_module
 from gvpo.evaluation.run import problem_seed
-from gvpo.group_files import read_groups
+from gvpo.group_files import locked_file, read_groups
 from gvpo.models.loading import load_model
 from gvpo.sampling.sampler import SamplingParams
 from gvpo.sampling.torch_sampler import TorchSampler
@@ -49,9 +48,7 @@ def finished(saved: Path) -> Path:
     folder, before = saved / "finished", Path.cwd()
     os.chdir(saved)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(main_module.COMMANDS, "eval", "")
-            assert evaluate("finished", "-k", "3") == 0
+        assert evaluate("finished", "-k", "3") == 0
     finally:
         os.chdir(before)
     return folder
@@ -63,7 +60,6 @@ def here(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("tiny", "letters.jsonl"):
         (tmp_path / name).symlink_to(saved / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(main_module.COMMANDS, "eval", "")
     return tmp_path
 
 
@@ -130,6 +126,25 @@ class TestDraws:
         assert files("alone")["letters.jsonl"] == files("second")["letters.jsonl"]
         assert list(results("second")["tasks"]) == ["letters", "other"]
 
+    def test_any_sampler_takes_the_weights_before_it_draws(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Engine(TorchSampler):
+            ready = False
+
+            def sync(self) -> None:
+                self.ready = True
+
+            def sample_one_by_one(self, *arguments: Any, **options: Any) -> None:
+                assert self.ready
+                super().sample_one_by_one(*arguments, **options)
+
+        used = []
+        monkeypatch.setattr("gvpo.training.samplers.check_sampler", lambda config: used.append(config.use_vllm))
+        monkeypatch.setattr(
+            "gvpo.training.samplers.make_sampler", lambda config, model, tokenizer: Engine(model, {END})
+        )
+        assert evaluate("run", "--use_vllm") == 0
+        assert used == [True] and results("run")["settings"]["use_vllm"] is True
+
     def test_the_template_suits_the_tokenizer(self) -> None:
         letters_tokenizer("{% for m in messages %}{{ m['content'] }}~{% endfor %}").save_pretrained("chat")
         tiny_model(max_position_embeddings=4096).save_pretrained("chat")
@@ -169,8 +184,7 @@ class TestStopping:
         code = (
             "import os, signal, sys\n"
             "from gvpo import group_files\n"
-            "from gvpo.cli import main as m\n"
-            "m.COMMANDS['eval'] = ''\n"
+            "from gvpo.cli.main import main\n"
             "lines, write = [], os.write\n"
             "def last(file, line):\n"
             "    lines.extend([line] * (bytes(line[:6]) == b'{\"id\":'))\n"
@@ -178,7 +192,7 @@ class TestStopping:
             "    write(file, line[: len(line) // 2])\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
             "group_files.os.write = last\n"
-            "m.main(sys.argv[1:])\n"
+            "main(sys.argv[1:])\n"
         )
         command = [sys.executable, "-c", code, "eval", *DRAW, *TASK, "--out", "run", "-k", "3"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -324,7 +338,7 @@ class TestGiven:
         how = ["--task", "letters.jsonl", "--reward", "exact_match"]
         assert score("run", [{"completion": "a"}] * 7, *how) == 0
         assert score("run", [{"completion": "b"}] * 7, *how) == 2
-        assert "was evaluated with digest" in capsys.readouterr().err
+        assert "was evaluated with completions_digest" in capsys.readouterr().err
 
 
 class TestServer:
@@ -471,6 +485,12 @@ class TestMistakes:
     def test_completions_that_are_there_are_not_drawn(self, option: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert score("run", [{"completion": "a"}] * 7, "--task", "letters.jsonl", option, "1") == 2
         assert capsys.readouterr().err.startswith(f"gvpo eval: {option}: says how completions are drawn")
+
+    def test_two_at_once_in_one_folder(self, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        shutil.copytree(finished, "run")
+        with locked_file(Path("run/.lock"), "ab"):
+            assert evaluate("run", "-k", "3") == 2
+        assert "gvpo eval: run: another process is evaluating into it; wait, or give" in capsys.readouterr().err
 
     def test_a_file_of_other_groups_in_the_folder(self, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
         shutil.copytree(finished, "run")

@@ -129,6 +129,15 @@ class TestTables:
             ["b", "50.00", "50.00", "100.00"],
         ]
 
+    def test_tasks_that_are_drawn_differently_are_named(self) -> None:
+        tasks = {
+            name: {"temperature": heat, "top_p": 1.0, "reward": "x"} for name, heat in (("a", 0), ("b", 1), ("c", 0))
+        }
+        groups = {name: problems([one(1.0)]) for name in tasks}
+        text = results_text(suite_results({"seed": 0, "tasks": tasks}, groups))
+        first, *_ = text.splitlines()
+        assert first == "seed 0, temperature 0, top_p 1 (a, c), temperature 1, top_p 1 (b), reward x"
+
     def test_names_are_no_markup(self) -> None:
         assert table(["task", "n"], [["[bold]x[/bold]", 1], [":smile:", 2]]).splitlines()[1:] == [
             "[bold]x[/bold]  1",

@@ -68,7 +68,8 @@ def server_origin(url: str, model: str) -> Origin:
 
 def given_origin(file: str, source: Source) -> Origin:
     """Completions of a file. Raises UserError where it cannot be read."""
-    settings = {"completions": file, "digest": hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()}
+    content = hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
+    settings = {"completions": file, "completions_digest": content}
     return Origin(settings, lambda tasks, template: Opened(template or "plain", None, lambda params: source))
 
 

@@ -126,12 +126,20 @@ def _settings_line(settings: Mapping[str, Any]) -> str:
     names = ("model", "server", "completions", "template", "max_completion_length", "seed")
     told = [f"{name} {settings[name]}" for name in names if settings.get(name) is not None]
     drawn = {
-        f"temperature {task['temperature']:g}, top_p {task['top_p']:g}"
-        for task in settings["tasks"].values()
+        name: f"temperature {task['temperature']:g}, top_p {task['top_p']:g}"
+        for name, task in settings["tasks"].items()
         if "temperature" in task
     }
-    judges = dict.fromkeys(f"reward {task['reward']}" for task in settings["tasks"].values())
-    return ", ".join([*told, *sorted(drawn), *judges]) + "\n"
+    judges = {name: f"reward {task['reward']}" for name, task in settings["tasks"].items()}
+    return ", ".join([*told, *_of_tasks(drawn), *_of_tasks(judges)]) + "\n"
+
+
+def _of_tasks(told: Mapping[str, str]) -> list[str]:
+    """What is told of tasks, once; with their names where it differs."""
+    different = list(dict.fromkeys(told.values()))
+    if len(different) < 2:
+        return different
+    return [f"{one} ({', '.join(name for name, text in told.items() if text == one)})" for one in different]
 
 
 def _percent(share: float | None) -> str:
