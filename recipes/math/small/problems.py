@@ -3,7 +3,8 @@
     python recipes/math/small/problems.py FOLDER [--seed 0] [--train 2000] [--held_out 200]
 
 FOLDER gets train.jsonl (both kinds, mixed), and sums.jsonl and two-step.jsonl to measure with: rows `problem` and
-`answers`. The sums are reasoning-gym's `chain_sum`; the word problems are made here, in GSM8K's manner. No held-out problem is in train.jsonl; the templates are the same ones.
+`answers`. The sums are reasoning-gym's `chain_sum`; the word problems are made here, in GSM8K's manner, from templates
+and numbers. No held-out problem is in train.jsonl; the templates are the same ones.
 """
 
 from __future__ import annotations
