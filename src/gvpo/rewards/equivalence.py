@@ -236,8 +236,11 @@ def _by_values(answer: str, accepted: str) -> bool:
 
 def _by_algebra(answer: Answer, accepted: Answer) -> bool:
     """Sets in another form: R without a point, overlapping intervals."""
-    if not re.search(r"\\(?:cup|cap|setminus|mathbb|emptyset)|\\ne|[<>]|\\[lg]e", answer.text + accepted.text):
+    if not (_SET_SIGN.search(answer.text) and _SET_SIGN.search(accepted.text)):
         return False
     from gvpo.rewards import answer_expression
 
     return answer_expression.same_expression(answer.text, accepted.text)
+
+
+_SET_SIGN = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset|ne|le|ge)(?![A-Za-z])|[<>\[\]]|\(.*,.*\)")
