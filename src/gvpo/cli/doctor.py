@@ -147,11 +147,12 @@ def how_to_install(package: str) -> str:
 
 
 def machine() -> list[tuple[str, str]]:
-    """Device, threads, bfloat16, memory, and what computes the log-prob head."""
+    """Device, threads, bfloat16, memory, what computes the log-prob head, and where rewards and code run."""
     import torch
 
     from gvpo.models.head import fused_obstacle
     from gvpo.models.modes import run_device
+    from gvpo.rewards.workers.pool import own_cores
 
     place = run_device()
     rows = [("device", str(place)), ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")]
@@ -166,7 +167,19 @@ def machine() -> list[tuple[str, str]]:
         rows.append(("memory", _gibibytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))))
     obstacle = fused_obstacle(place)
     rows.append(("log-prob head", "fused where it is linear" if obstacle is None else f"in chunks: {obstacle}"))
+    rows.append(("reward workers", f"{own_cores()} processes"))
+    rows.append(("code sandbox", _sandbox()))
     return rows
+
+
+def _sandbox() -> str:
+    from gvpo.errors import UserError
+    from gvpo.rewards.sandbox import Limits, SandboxFailure, passes
+
+    try:
+        return "runs" if passes("", "assert True", Limits()) else "fails: a program without mistakes did not pass"
+    except (UserError, SandboxFailure) as error:
+        return f"no: {error}"
 
 
 def _show_checks(what: str, checks: list[Check]) -> list[Check]:
