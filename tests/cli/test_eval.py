@@ -361,7 +361,7 @@ class TestServer:
         with serving(self.answer) as served:
             assert self.ask(served.url) == 0
         assert {headers["Authorization"] for _, _, headers in served.requests} == {"Bearer secret"}
-        assert {payload["max_tokens"] for payload in served.payloads} == {3000}
+        assert {payload["max_tokens"] for payload in served.payloads} == {2048}
         assert sorted(payload["seed"] for payload in served.payloads) == sorted(
             problem_seed(42, f"letters/{n}") % 2**31 for n in range(7)
         )

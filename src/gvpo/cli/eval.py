@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gvpo.rewards import RewardFunction
 
 MODEL = "smollm2-135m"
-LENGTH = 3000
+LENGTH = 2048
 SEED = 42
 
 
