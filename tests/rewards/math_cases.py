@@ -3,6 +3,8 @@ r"""Completions with hand-made verdicts: what a careful mathematician says, who 
 Each case is (completion, accepted answers, right, why). No verdict here is from a run of any verifier.
 """
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -178,6 +180,7 @@ CASES: dict[str, list[Case]] = {
         (r"\boxed{\frac{1}{10^5}}", "1e-5", True, "as a fraction"),
         (r"\boxed{4.4677 \times 10^{14} \text{ Hz}}", r"4.4677 \times 10^{14}", True, "with a unit"),
         (r"\boxed{4.4677e14 Hz}", r"4.4677 \times 10^{14}", True, "with a bare unit"),
+        (r"\boxed{0.00000033}", "0.0000004", False, "both nearly zero"),
         (r"\boxed{0}", r"8.224 \times 10^{-19}", False, "small is not zero"),
     ),
     "roots, powers and constants": cases(
@@ -359,6 +362,8 @@ CASES: dict[str, list[Case]] = {
         (r"\boxed{LRAC = SRAC}", "SRAC=LRAC", True, "both sides exchanged"),
         (r"\boxed{MR=SRMC}", "SRAC=LRAC", False, "another condition"),
         (r"\boxed{x^2+y^2=1}", "x^2+y^2=4", False, "another circle"),
+        (r"\boxed{-\frac{dx}{dt} = kx - a}", r"\frac{dx}{dt} = kx - a", False, "the sign of a derivative"),
+        (r"\boxed{a - kx + \frac{dx}{dt} = 0}", r"\frac{dx}{dt} = kx - a", True, "all on one side"),
         (r"\boxed{y' = x - y}", "y = x - y", False, "a derivative is another thing"),
     ),
     "expressions with variables": cases(
@@ -369,6 +374,7 @@ CASES: dict[str, list[Case]] = {
         (r"\boxed{\frac{n^2+n}{2}}", r"$\frac{n(n+1)}{2}$", True, "expanded"),
         (r"\boxed{n(n+1)/2}", r"$\frac{n(n+1)}{2}$", True, "a slash"),
         (r"\boxed{2m}", "2n", False, "another variable"),
+        (r"\boxed{n}", "N", False, "small and capital letters differ"),
         (r"\boxed{\frac{m}{M}}", "1", False, "small and capital letters differ"),
         (r"\boxed{\frac{1}{2}(e^{at} + e^{-at})}", r"\frac{e^{at}+e^{-at}}{2}", True, "a factor in front"),
         (r"\boxed{\cos 2t + \sin 2t}", r"\sqrt{2} \cos (2 t-\pi / 4)", True, "an identity"),
@@ -509,8 +515,8 @@ CASES: dict[str, list[Case]] = {
             "GSM8K, ends with another number",
         ),
         # AIME 2024 II 4: log_2(x/yz) = 1/2 and so on; |log_2(x^4 y^3 z^2)| = m/n. Find m + n.
-        (r"The value is $\frac{25}{8}$, so $m+n = \boxed{033}$.", "33", True, "AIME, three digits"),
-        (r"The value is $\boxed{\frac{25}{8}}$.", "33", False, "AIME, m/n in place of m + n"),
+        (r"The value is $\frac{25}{8}$, so $m+n = \boxed{33}$.", "033", True, "AIME, three digits"),
+        (r"The value is $\boxed{\frac{25}{8}}$.", "033", False, "AIME, m/n in place of m + n"),
         (
             r"Hence $m+n=25+8=\boxed{33}$, as $|\log_2 (x^4y^3z^2)| = \frac{25}{8}$.",
             "33",

@@ -142,6 +142,8 @@ def _stated(tail: str) -> str:
     leading = _trimmed(clause, run) if run else ""
     if leading and (_is_mathematical(leading) or (run and run.end() == len(clause))):
         return leading
+    if choice := re.match(r"\([A-Z]\)|[A-Z](?=[,;:]|$)", clause):
+        return choice[0]
     if re.search("[0-9]", clause):
         return _last_expression(clause)
     return re.split(r"[,;(]| because | since | as ", clause, maxsplit=1)[0][:100]

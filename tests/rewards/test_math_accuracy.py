@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gvpo.errors import UserError
+from gvpo.rewards import equivalence
+from gvpo.rewards import math as rewards_math
+from gvpo.rewards.answer_finding import final_answers
+from gvpo.rewards.equivalence import extract_answer, is_equivalent
+from gvpo.rewards.math import math_accuracy
+from rewards.math_cases import CASES, Case
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewards_math, "is_worker", lambda: True)
+
+
+@pytest.fixture
+def deadline() -> Iterator[None]:
+    """Ends what would take many minutes; what is bounded needs a second at most."""
+
+    def give_up(*_: Any) -> None:
+        raise KeyboardInterrupt("not bounded")  # what catches exceptions lets it through
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def verdicts(cases: list[Case]) -> list[float | None]:
+    return math_accuracy(completions=[case.completion for case in cases], answers=[case.answers for case in cases])
+
+
+# The table
+
+
+@pytest.mark.parametrize("group", CASES)
+def test_the_table(group: str):
+    wrong = [
+        case for case, verdict in zip(CASES[group], verdicts(CASES[group]), strict=True) if verdict != float(case.right)
+    ]
+    assert not wrong
+
+
+def test_the_table_is_large_and_has_both_verdicts():
+    cases = [case for group in CASES.values() for case in group]
+    assert len(cases) >= 180
+    assert len(set(map(repr, cases))) == len(cases)
+    assert min(sum(case.right for case in cases), sum(not case.right for case in cases)) >= 60
+
+
+def test_the_quick_verdict_is_that_of_the_values(monkeypatch: pytest.MonkeyPatch):
+    """Equal texts and plain numbers are compared without sympy; with it, every verdict is the same."""
+    quick: list[tuple[str, str, bool]] = []
+    original = equivalence._quickly
+
+    def noted(answer: str, accepted: str) -> None:
+        verdict = original(answer, accepted)
+        if verdict is not None:
+            quick.append((answer, accepted, verdict))
+
+    monkeypatch.setattr(equivalence, "_quickly", noted)
+    for cases in CASES.values():
+        assert verdicts(cases) == [float(case.right) for case in cases]
+    assert sum(verdict for *_, verdict in quick) > 30 < sum(not verdict for *_, verdict in quick)
+    for answer, accepted, verdict in quick:
+        assert equivalence._by_values(answer, accepted) == verdict, (answer, accepted)
+
+
+def test_an_answer_equals_itself_in_any_box():
+    for cases in CASES.values():
+        for case in cases:
+            for answer in case.answers:
+                if "####" not in answer and "boxed" not in answer:
+                    assert is_equivalent(answer, answer), answer
+                    assert is_equivalent(f"${answer.replace('$', '')}$.", answer.replace("$", "")), answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"),
+    [
+        (r"\frac{1}{3}", "0.33333"),  # what is asked for has the precision
+        ("0.333", "0.333"),
+        ("6 m", "6"),
+    ],
+)
+def test_equivalence_is_not_symmetric_where_one_side_is_asked_for(answer: str, accepted: str):
+    assert is_equivalent(answer, accepted)
+    assert is_equivalent(accepted, answer) is (answer == accepted)
+
+
+# Finding
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"Thus $\boxed{ \frac{1}{2} }$.", r"\frac{1}{2}"),
+        ("#### 1,000 ", "1,000"),
+        ("The answer is 1/2.", "1/2"),
+        ("The answer is (C), as shown.", "(C)"),
+        ("It costs $5 + $6 = $11.", "11"),
+        ("In 2022-23 there were 12 apples and a pear.", "12"),
+        ("a 5-year plan", "5"),
+        (r"\boxed{1}, \boxed{2}", "1, 2"),
+        ("nothing here at all", None),
+        ("", None),
+        (r"\boxed{ }", None),
+    ],
+)
+def test_the_final_answer_as_text(text: str, answer: str | None):
+    assert extract_answer(text) == answer
+
+
+def test_boxes_apart_are_read_as_one_answer_or_as_all():
+    text = r"One root is \boxed{2}, by inspection. The other one is \boxed{3}."
+    assert final_answers(text) == ["3", "2, 3"]
+    assert verdicts([Case(text, ["3"], True, ""), Case(text, ["2,3"], True, ""), Case(text, ["2"], False, "")]) == [
+        1.0,
+        1.0,
+        0.0,
+    ]
+
+
+# Rows
+
+
+@pytest.mark.parametrize(
+    ("answers", "verdict"),
+    [("5", 1.0), (5, 1.0), (5.0, 1.0), ([4, "5"], 1.0), (("5",), 1.0), ([4, 6], 0.0), (None, None), (0.5, 0.0)],
+)
+def test_accepted_answers_are_text_or_numbers_or_lists_of_them(answers: Any, verdict: float | None):
+    assert math_accuracy(completions=[r"\boxed{5}"], answers=[answers]) == [verdict]
+
+
+def test_arrays_of_answers():
+    import numpy as np
+
+    assert math_accuracy(completions=[r"\boxed{5}"], answers=[np.array(["4", "5"])]) == [1.0]
+    assert math_accuracy(completions=[r"\boxed{5}"], answers=[np.int64(5)]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        ("", "'' holds no answer"),
+        ("$ $", "holds no answer"),
+        ([], "is empty"),
+        (["5", ""], "'' holds no answer"),
+        ({"a": 1}, "no string or number"),
+        ([None], "no string or number"),
+        (r"\boxed{", "holds no answer"),
+    ],
+)
+def test_an_answer_that_is_none_is_the_users_to_mend(answers: Any, says: str):
+    with pytest.raises(UserError, match=f"'math_accuracy': column 'answers': .*{says}"):
+        math_accuracy(completions=["5"], answers=[answers])
+
+
+def test_chat_completions_and_ids_alone():
+    message = [{"role": "assistant", "content": r"\boxed{5}"}]
+    assert math_accuracy(completions=[message], answers=["5"]) == [1.0]
+    with pytest.raises(UserError, match="give a tokenizer"):
+        math_accuracy(completions=None, answers=["5"])
+
+
+# Hostile completions
+
+HUGE = 100_000
+MEGABYTE = 1_000_000
+TOWER = "9^{9^{9^{9}}}"
+
+LONG = {
+    "backslashes": "\\" * MEGABYTE,
+    "open braces": "{" * MEGABYTE,
+    "open boxes": "\\boxed{" * HUGE,
+    "a box of open braces": "\\boxed{" + "{" * 10_000,
+    "boxes": "\\boxed{1} " * HUGE,
+    "boxes with commas": "\\boxed{1} , " * HUGE,
+    "phrases": "the answer is " * HUGE,
+    "phrases and dollars": "the answer is $" * HUGE,
+    "phrases and brackets": "the answer is \\[" * HUGE,
+    "colons": "answer:" * HUGE,
+    "dollars": "$" * MEGABYTE,
+    "formulas": "\\[" * 500_000,
+    "digits": "1" * MEGABYTE,
+    "a box of digits": "\\boxed{" + "1" * MEGABYTE + "}",
+    "a box of commas": "\\boxed{" + "1," * 500_000 + "}",
+    "thoughts": "<think>" * HUGE + "</think>" * HUGE,
+    "tags": "<answer>" * HUGE,
+    "marks": "####" * 250_000,
+    "white space": " " * MEGABYTE + "x",
+    "ands": " and " * 200_000,
+    "letters": "a " * 500_000,
+    "one character that is many": "\\boxed{" + "\ufdfa" * 1_000 + "}",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.usefixtures("deadline")
+def test_long_completions_are_judged(name: str):
+    assert math_accuracy(completions=[LONG[name]], answers=["7"]) == [0.0]
+
+
+HOSTILE = [
+    TOWER,
+    f"-{TOWER}",
+    f"2^{{-{TOWER}}}",
+    rf"\frac{{1}}{{{TOWER}}}",
+    rf"\sqrt[{TOWER}]{{2}}",
+    f"(1,{TOWER})",
+    rf"[1,{TOWER}] \cap [2,3]",
+    rf"\{{1,{TOWER}\}} \cup (1,2)",
+    f"x < {TOWER}",
+    "9^9^9^9",
+    "((9^{3000})^{3000})^{3000}",
+    "99999999!",
+    "((9!)!)!",
+    "9!!!!!!!",
+    "(999*999*999)!",
+    r"\binom{1000000000}{500000000}",
+    r"\binom{\binom{50}{20}}{\binom{40}{20}}",
+    r"\Gamma(1000000000)",
+    r"\sum_{k=1}^{1000000000} k",
+    r"\operatorname{eye}(10000)",
+    "zeros(100000)",
+    r"\exp(\exp(\exp(\exp(3.015))))",
+    r"\sin(2^{abcdefghijklmnopqrstuvwxyz})",
+    r"\tan(\pi/2)",
+    "1e999999999999",
+    r"1 \times 10^{99999}",
+    r"\frac{1}{" * 500 + "2" + "}" * 500,
+    r"\sqrt{" * 100 + "2" + "}" * 100,
+    r"\lfloor " * 8 + "2.5" + r"\rfloor " * 8,
+    "(" * 400 + "1" + ")" * 400,
+    "(1," * 100 + "1" + ")" * 100,
+    r"\{" * 100 + "1" + r"\}" * 100,
+    "x^" * 300 + "x",
+    "x_" * 300 + "x",
+    "|x|" * 100,
+    r"\pm 1" * 100,
+    r"\pm 1," * 150,
+    "1=" * 300 + "1",
+    "x<" * 300 + "1",
+    r"\cup".join(["(1,2)"] * 80),
+    r"\mathbb{R} \setminus" * 20 + r"\{1\}",
+    r"\sin" * 40 + "x",
+    "(x+1)" * 55,
+    "5 " + "cm " * 300,
+    "^(" * 400,
+    r"\text{" * 150,
+    r"\frac" * 180,
+    "\x00\ud800",
+]
+
+
+@pytest.mark.parametrize("accepted", ["7", "x^2+2x+1", r"(-\infty,1)\cup(2,\infty)", "0.123"])
+@pytest.mark.usefixtures("deadline")
+def test_hostile_answers_are_judged(accepted: str):
+    assert not any(is_equivalent(answer, accepted) for answer in HOSTILE)
+
+
+@pytest.mark.usefixtures("deadline")
+def test_hostile_accepted_answers_are_compared_as_text():
+    for accepted in HOSTILE:
+        assert is_equivalent(accepted, accepted)
+        assert not is_equivalent("x^2+2x+1", accepted)
+
+
+def test_nothing_is_said_and_sympy_comes_late():
+    """math-verify warns on its log that its time limits are off."""
+    code = (
+        "import sys, logging; logging.basicConfig(level=0); from gvpo.rewards.equivalence import is_equivalent as e;"
+        "assert e('58,500', '58500') and 'sympy' not in sys.modules and 'math_verify' not in sys.modules;"
+        r"assert e(r'\mathbb{R} \setminus \{1\}', r'(-\infty,1)\cup(1,\infty)') and 'math_verify' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_other_threads():
+    """math-verify's own time limits are signals, which only the main thread can set."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    pairs = [(rf"\frac{{{n}\sqrt{{3}}}}{{3}}", rf"\frac{{{n}}}{{\sqrt{{3}}}}") for n in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda pair: is_equivalent(*pair), pairs))
+    assert logging.getLogger("math_verify").level == logging.NOTSET
