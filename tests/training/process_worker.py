@@ -76,6 +76,12 @@ def sampled(folder: Path) -> GVPOTrainer:
     return GVPOTrainer(model, prompts(13), opinionated, config=config, eval_dataset=prompts(5))
 
 
+def elsewhere(folder: Path) -> GVPOTrainer:
+    """Rewards from processes that crash: each of the run's has its own."""
+    config = settings(groups_per_update=3, max_steps=4)
+    return GVPOTrainer(tiny_model().double(), prompts(7), "crashing_reward:first_or_crash", config=config)
+
+
 def mixed(folder: Path) -> GVPOTrainer:
     """History, whole groups that are replayed, and groups from files, stale all of them."""
     write_groups(offline_groups(5), folder / "groups.jsonl")
@@ -157,6 +163,7 @@ SCENARIOS: dict[str, Callable[[Path], GVPOTrainer]] = {
         stale,
         split_groups,
         sampled,
+        elsewhere,
         mixed,
         idle,
         saving,

@@ -82,6 +82,8 @@ def test_the_scenarios_are_what_they_say(one: dict[str, Any], two: Path) -> None
     assert empty and all(row["grad_norm"] == 0 for row in empty)
     assert any("eval/reward" in row for row in told["sampled"]["history"])
     assert max(row.get("log_ratio/max", 0) for row in told["adapter"]["history"]) > 1
+    # Both updates of a rollout tell of it.
+    assert min(row["rewards/failed/crash"] for row in told["elsewhere"]["history"]) > 1
 
 
 def test_a_wrapped_scorers_gradient_is_that_of_all_groups(two: Path) -> None:

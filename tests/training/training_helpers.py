@@ -109,8 +109,8 @@ def run(model: Any, data: Any, rewards: Any = None, **kwargs: Any) -> GVPOTraine
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of every parameter."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    """A copy of every parameter, on the CPU wherever the model is."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
 
 
 def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
