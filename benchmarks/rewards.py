@@ -4,10 +4,10 @@
 
 Call: an empty function, one member a call and eight, called here and in the pool; start: a pool from nothing; replace:
 a call that crashes, and the next one. Comparisons: the completions `\\boxed{answer}` of `--problems` (rows with
-answers; without any, 500 made here), each beside its own answer and beside the next problem's, which needs the whole comparison:
-math-verify in a plain loop on one core, the accepted answer parsed each time, and math_accuracy in the pool, whole
-groups of eight (seven of them drawn with other words around the same answer, as a policy does). Overlap: a run's
-rollout whose reward takes half a second a group, with and without a pool. Medians and ranges over repeats.
+answers; without any, 500 made here), each beside its own answer and beside the next problem's, which needs the whole
+comparison: math-verify in a plain loop on one core, the accepted answer parsed each time, and math_accuracy in the
+pool, in groups of eight that differ in their other words, and one each. Overlap: a rollout whose reward takes half a
+second a group, with and without a pool. Medians and ranges over repeats.
 """
 
 from __future__ import annotations
