@@ -180,6 +180,7 @@ CASES: dict[str, list[Case]] = {
         (r"\boxed{\frac{1}{10^5}}", "1e-5", True, "as a fraction"),
         (r"\boxed{4.4677 \times 10^{14} \text{ Hz}}", r"4.4677 \times 10^{14}", True, "with a unit"),
         (r"\boxed{4.4677e14 Hz}", r"4.4677 \times 10^{14}", True, "with a bare unit"),
+        (r"\boxed{1.224 \times 10^{-19}}", r"8.224 \times 10^{-19}", False, "both nearly zero"),
         (r"\boxed{0.00000033}", "0.0000004", False, "both nearly zero"),
         (r"\boxed{0}", r"8.224 \times 10^{-19}", False, "small is not zero"),
     ),
@@ -212,6 +213,7 @@ CASES: dict[str, list[Case]] = {
         (r"\boxed{\cos 20^{\circ}}", r"\cos 20", False, "degrees are not radians"),
         (r"\boxed{\frac{\sqrt5-1}4}", r"\frac{\sqrt{5}-1}{4}", True, "half of the braces"),
         (r"\boxed{\binom{10}{3}}", "120", True, "a binomial coefficient"),
+        (r"\boxed{\lfloor \sqrt{5}\sqrt{5} \rfloor}", "5", True, "the floor of a whole number"),
         (r"\boxed{\lfloor 7/2 \rfloor}", "3", True, "a floor"),
     ),
     "complex numbers": cases(
@@ -280,6 +282,7 @@ CASES: dict[str, list[Case]] = {
         (r"\boxed{1+\sqrt{19}}", r"1 \pm \sqrt{19}", False, "one of two"),
         (r"\boxed{\{-2, 1-\sqrt5, 1+\sqrt5\}}", r"\{1\pm\sqrt{5},-2\}", True, "plus or minus in a set"),
         (r"\boxed{16,3,1}", "16,3,1,1", False, "a value that comes twice"),
+        (r"\boxed{3,1,1}", "1,3,3", False, "another value that comes twice"),
         (r"\boxed{(2,4),(1,3)}", "(1,3), (2,4)", True, "pairs in any order"),
         (r"\boxed{(4,2),(1,3)}", "(1,3), (2,4)", False, "a pair the other way round"),
         (r"\boxed{\{1, 1, 2\}}", r"\{1, 2\}", True, "a set has a value once"),

@@ -54,6 +54,7 @@ _PARSER_REWRITES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"_\s*\{\s*\\text\{\s*(\w+)\s*\}\s*\}|_\s*\\text\{\s*(\w+)\s*\}", r"_{\1\2}"),
+        (r"_\s*\{?\s*\\odot\s*\}?", r"_{sun}"),
         (r"([A-Za-z])'{2,3}", r"\1_{pp}"),  # the parser reads x' as x
         (r"([A-Za-z])'", r"\1_{p}"),
         (r"(\d+|[A-Za-z])\s*!(?=\s*\^)", r"(\1!)"),
@@ -94,7 +95,7 @@ _KNOWN = """
     frac sqrt cdot times div pi infty binom sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp
     lfloor rfloor lceil rceil lvert rvert vert dot ddot bar hat vec overline hbar ell alpha beta gamma delta epsilon
     varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Delta
-    Theta Lambda Xi Pi Sigma Phi Psi Omega mho begin end cap cup setminus emptyset mathbb le ge ne text
+    Theta Lambda Xi Pi Sigma Phi Psi Omega mho begin end cap cup setminus emptyset mathbb le ge ne text odot angle
 """
 _COMMANDS = frozenset(_KNOWN.split())
 _REFUSED = re.compile(
