@@ -89,7 +89,7 @@ def test_no_two_modules_import_each_other() -> None:
     }
     imported = {name: imports_of(file) & set(names.values()) for file, name in names.items()}
 
-    imported["gvpo"] = set()  # its re-exports are lazy
+    imported["gvpo"] = imported["gvpo.rewards"] = set()  # their re-exports are lazy
 
     def reached(name: str) -> set[str]:
         seen: set[str] = set()

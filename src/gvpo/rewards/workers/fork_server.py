@@ -15,7 +15,6 @@ import inspect
 import os
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +26,6 @@ from gvpo.errors import UserError
 from gvpo.rewards.resolve import resolve_rewards
 from gvpo.rewards.workers import wire
 from gvpo.rewards.workers.worker import work
-
-REQUEST = struct.Struct("!cq")
-REPLY = struct.Struct("!q")
 
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 _LOOK_FOR_PARENT = 1.0
@@ -69,7 +65,7 @@ class _Server:
         for letter, number, fds in self._requests():
             answer = self._fork(*fds) if letter == b"F" else self._end(number, patience=_DYING * (letter == b"W"))
             with contextlib.suppress(BrokenPipeError):
-                self._control.sendall(REPLY.pack(answer))
+                self._control.sendall(wire.REPLY.pack(answer))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._kept.clear()
         for pid in list(self._workers):
@@ -80,15 +76,15 @@ class _Server:
         self._control.settimeout(_LOOK_FOR_PARENT)
         while True:
             try:
-                message, fds, _, _ = socket.recv_fds(self._control, REQUEST.size, 2)
+                message, fds, _, _ = socket.recv_fds(self._control, wire.REQUEST.size, 2)
             except TimeoutError:
                 # The pool's end may live on in another process that was forked from its own.
                 if os.getppid() != self._parent:
                     return
                 continue
-            if len(message) < REQUEST.size:
+            if len(message) < wire.REQUEST.size:
                 return
-            yield *REQUEST.unpack(message), list(fds)
+            yield *wire.REQUEST.unpack(message), list(fds)
 
     def _fork(self, connection: int, output: int) -> int:
         server, pid = os.getpid(), os.fork()

@@ -23,7 +23,6 @@ from gvpo.errors import UserError
 from gvpo.rewards.limits import Limits
 from gvpo.rewards.outputs import Failure
 from gvpo.rewards.workers import wire
-from gvpo.rewards.workers.fork_server import REPLY, REQUEST
 
 IMPORT_SECONDS = 120.0
 """How long the modules of the functions may take to import."""
@@ -120,16 +119,16 @@ class ForkServer:
     def _ask(self, letter: bytes, number: int, fds: list[int]) -> int:
         try:
             with self._lock:
-                socket.send_fds(self._control, [REQUEST.pack(letter, number)], fds)
-                reply = self._control.recv(REPLY.size, socket.MSG_WAITALL)
+                socket.send_fds(self._control, [wire.REQUEST.pack(letter, number)], fds)
+                reply = self._control.recv(wire.REPLY.size, socket.MSG_WAITALL)
         except OSError:
             reply = b""
-        if len(reply) < REPLY.size:
+        if len(reply) < wire.REPLY.size:
             raise UserError(
                 "the process that reward functions are called from has ended, of itself or for want of memory; start "
                 "again, with fewer reward_workers where memory was short"
             )
-        return REPLY.unpack(reply)[0]
+        return wire.REPLY.unpack(reply)[0]
 
 
 class Worker:

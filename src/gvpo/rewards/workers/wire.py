@@ -8,6 +8,10 @@ import struct
 from typing import Any
 
 HEADER = struct.Struct("!Q")
+REQUEST = struct.Struct("!cq")
+REPLY = struct.Struct("!q")
+"""To the server that forks workers, and back: see `fork_server`."""
+
 LARGEST_REPLY = 64 * 2**20
 """Bytes. What claims to be longer was not written by a worker."""
 
