@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -187,8 +188,9 @@ class TestFailures:
                 ServerSource(served.url, "m", PARAMS, workers=2).fill(rows, [1] * 22, [0] * 22)
             assert not released.is_set()
             released.set()
-            for thread in set(threading.enumerate()) - before:
-                thread.join(10)
+            deadline = time.monotonic() + 10
+            while set(threading.enumerate()) - before and time.monotonic() < deadline:
+                time.sleep(0.01)
         # The worker that met the failure may have taken one more before it was told to stop.
         assert len(served.requests) <= 3
 
