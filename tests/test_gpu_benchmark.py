@@ -35,13 +35,28 @@ def test_every_setting_has_a_row_with_a_figure_or_a_reason(
     printed = capsys.readouterr().out
     assert printed == out.read_text(encoding="utf-8")
     head, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + (3 * 8 + 2) + 1
+    assert len(rows) == 2 + 2 + (3 * 3 * 2 + 2) + 1
     at = {name: place for place, name in enumerate(head)}
     for row in printed.splitlines()[-len(rows) :]:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert len(cells) == len(head)
         assert (float(cells[at["seconds"]]) > 0) if cells[at["seconds"]] else cells[at["note"]].startswith("not run: ")
-    assert sum("not run: flex_attention has no backward" in row for row in printed.splitlines()) == 8
+    assert sum("not run: flex_attention has no backward" in row for row in printed.splitlines()) == 6
+
+
+def test_a_setting_that_fails_is_a_row_and_an_exit_code(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def sampling_run(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no | memory\nis left")
+
+    out = tmp_path / "table.md"
+    monkeypatch.setattr(gpu, "settings", lambda *_: [gpu.Setting(gpu.RANDOM, "sampling", True)])
+    monkeypatch.setattr(gpu, "sampling_run", sampling_run)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--out", str(out)])
+    assert gpu.main() == 1
+    row = out.read_text(encoding="utf-8").splitlines()[-1]
+    assert row.endswith("| failed: OutOfMemoryError: no / memory |") and row in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import SHARING, WITHOUT_SDPA, tiny
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from gvpo.groups import Completion, Group
 from gvpo.models import packed_attention
@@ -18,8 +18,10 @@ from gvpo.models.batches import Segments, build_inputs, plan_batches
 from gvpo.models.encoding import EncodedGroup
 from gvpo.models.packed_attention import (
     PackedGroups,
+    Spans,
     attend_by_members,
     attending,
+    block_mask,
     dense_mask,
     fastest_way,
     is_attending,
@@ -68,7 +70,33 @@ def test_the_function_of_flex_attention_says_what_the_mask_says(shape: str) -> N
     for end_to_end in (True, False):
         found = segments(shape, end_to_end)
         rows, width = found.group_BL.shape
-        assert torch.equal(create_mask(sees(found), rows, 1, width, width, device="cpu"), dense_mask(found))
+        for function in (sees(found), Spans.of(found).sees()):
+            assert torch.equal(create_mask(function, rows, 1, width, width, device="cpu"), dense_mask(found))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_are_those_of_the_mask(shape: str, size: int) -> None:
+    for end_to_end in (True, False):
+        found = segments(shape, end_to_end)
+        short = -found.group_BL.shape[1] % size
+        tiles = pad(dense_mask(found), (0, short, 0, short)).unflatten(3, (-1, size)).unflatten(2, (-1, size))
+        some, whole = Spans.of(found).blocks(size)
+        assert torch.equal(some, tiles.any(5).any(3)) and torch.equal(whole, tiles.all(5).all(3))
+
+
+def test_the_block_mask_is_torchs_own() -> None:
+    groups = [EncodedGroup([1] * prompt, [[2] * n for n in (300, 1, 129, 520)], [None] * 4) for prompt in (700, 130)]
+    (batch,) = plan_batches(groups, None, True, end_to_end=True)
+    found = build_inputs(groups, batch, CPU).segments
+    assert found is not None
+    width = found.group_BL.shape[1]
+    ours, theirs = block_mask(found), create_block_mask(sees(found), 1, None, width, width, device="cpu")
+    assert ours.shape == theirs.shape and torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)) and getattr(ours, name).sum() > 0
+    for name in ("kv_indices", "full_kv_indices", "q_indices", "full_q_indices"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
 def test_lengths_that_differ_much_are_not_padded_to_one_another() -> None:
@@ -161,6 +189,26 @@ def test_flex_attention_scores_the_same() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_flex_attention_is_given_one_precision_and_never_decodes(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def forward(_module: Any, *states: Any, **others: Any) -> tuple[Tensor, None]:
+        given.append((*states[:3], others["kernel_options"]))
+        return states[0].transpose(1, 2), None
+
+    monkeypatch.setattr("transformers.integrations.flex_attention.flex_attention_forward", forward)
+    # As rotations leave them: queries and keys in float32, values in what their layer computed.
+    value = torch.randn(1, 2, 5, 16).to(torch.bfloat16 if autocast else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        packed_attention._attend_by_flex(torch.nn.Module(), value.float(), value.float(), value, None)
+    ((*states, options),) = given
+    assert {one.dtype for one in states} == {value.dtype}
+    assert options == {"FORCE_USE_FLEX_ATTENTION": True}
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_layers_that_are_computed_twice_are_so_in_one_way(by_members: list[int]) -> None:
     def gradients(model: Any) -> list[Tensor]:
@@ -205,9 +253,15 @@ class TestTheFastestWay:
         assert fastest_way(tiny("llama"), "sdpa", CPU) == "members"
         assert fastest_way(tiny("llama"), "eager", CPU) == "mask"
         monkeypatch.setattr(packed_attention, "flex_obstacle", lambda _device: None)
-        assert fastest_way(tiny("llama"), "sdpa", GPU) == "flex"
-        assert fastest_way(tiny("llama").double(), "sdpa", GPU) == "members"
-        assert fastest_way(tiny("llama", attention_dropout=0.1), "sdpa", GPU) == "members"
+        wide = {"head_dim": 16}
+        assert fastest_way(tiny("llama", **wide), "sdpa", GPU) == "flex"
+        assert fastest_way(tiny("llama", **wide).double(), "sdpa", GPU) == "members"
+        assert fastest_way(tiny("llama", **wide, attention_dropout=0.1), "sdpa", GPU) == "members"
+        # FlexAttention's kernels know no smaller heads.
+        assert fastest_way(tiny("llama"), "sdpa", GPU) == "members"
+        unsaid = tiny("llama", hidden_size=64, head_dim=16)
+        unsaid.config.head_dim = None
+        assert fastest_way(unsaid, "sdpa", GPU) == "flex"
 
     def test_layers_with_a_config_of_their_own_mask(self) -> None:
         model = tiny("llama")

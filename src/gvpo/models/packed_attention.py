@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from gvpo.models.batches import Segments
@@ -28,10 +28,17 @@ from gvpo.models.modes import triton_obstacle
 Way = Literal["flex", "members", "mask"]
 
 ATTENTION = "gvpo_packed_groups"
+FLEX_ATTENTION = "gvpo_packed_flex"
 
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
 """What models hand to their attention that changes nothing in it; whatever else they hand to it, such as soft caps,
 sinks, windows or chosen keys, is not computed in this library."""
+
+_FLEX_HEAD_DIM = 16
+"""FlexAttention's kernels for GPUs take no smaller heads."""
+
+_FLEX_BLOCK = 128
+"""Queries and keys in a block of FlexAttention's mask, its default."""
 
 _COPIES = 4
 """Keys, prompts' copies included, that are kept for the backward pass, in multiples of the batch's tokens; where there
@@ -49,7 +56,15 @@ def fastest_way(causal: Any, attention: str, device: torch.device) -> Way:
     dropout = any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in config.to_dict().items())
     dtype = next(causal.parameters()).dtype
     fits_flex = getattr(causal, "_supports_flex_attn", False) and not dropout and dtype != torch.float64
+    fits_flex = fits_flex and _head_dim(config) >= _FLEX_HEAD_DIM
     return "flex" if fits_flex and flex_obstacle(device) is None else "members"
+
+
+def _head_dim(config: Any) -> int:
+    """Of queries, by the config; 0 where it does not say."""
+    told = getattr(config, "head_dim", None)
+    heads = getattr(config, "num_attention_heads", 0)
+    return told or (config.hidden_size // heads if heads else 0)
 
 
 def reaches_attention(causal: Any) -> bool:
@@ -72,14 +87,28 @@ def attending(causal: Any, way: Way, attention: str) -> Iterator[None]:
     from transformers import AttentionInterface  # late: `import gvpo` must stay light
 
     AttentionInterface.register(ATTENTION, _attend)
+    AttentionInterface.register(FLEX_ATTENTION, _attend_by_flex)
     config = causal.config.get_text_config()
     before = config._attn_implementation
     # Under the empty key, as configs within it, of parts that see no text, keep their own.
     config._attn_implementation = {"": _implementation(way, attention)}
     try:
-        yield
+        with many_compiled() if way == "flex" else nullcontext():
+            yield
     finally:
         config._attn_implementation = {"": before}
+
+
+@contextmanager
+def many_compiled() -> Iterator[None]:
+    """Inside the block, torch.compile keeps more kernels of one function than its usual eight.
+
+    Beyond the limit FlexAttention would run as it is written, with all scores in memory.
+    """
+    import torch._dynamo.config
+
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
 
 
 def is_attending(causal: Any, way: Way, attention: str) -> bool:
@@ -88,7 +117,7 @@ def is_attending(causal: Any, way: Way, attention: str) -> bool:
 
 
 def _implementation(way: Way, attention: str) -> str:
-    return {"flex": "flex_attention", "members": ATTENTION, "mask": attention}[way]
+    return {"flex": FLEX_ATTENTION, "members": ATTENTION, "mask": attention}[way]
 
 
 def attention_arguments(way: Way, segments: Segments, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -97,7 +126,7 @@ def attention_arguments(way: Way, segments: Segments, dtype: torch.dtype | None)
     dtype: of the mask that is added to the scores of eager attention; None = a boolean one.
     """
     if way == "flex":
-        return {"attention_mask": _block_mask(segments)}
+        return {"attention_mask": block_mask(segments)}
     if way == "members":
         return {"packed_groups": PackedGroups.of(segments)}
     seen = dense_mask(segments)
@@ -127,12 +156,82 @@ def sees(segments: Segments) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
     return seen
 
 
-def _block_mask(segments: Segments) -> Any:
-    """The mask as FlexAttention's."""
-    from torch.nn.attention.flex_attention import create_block_mask
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """The keys that each query sees, as places in its row: from prompts up to ends, without it, and from own to itself.
 
-    rows, width = segments.group_BL.shape
-    return create_block_mask(sees(segments), rows, None, width, width, device=str(segments.group_BL.device))
+    All are (B, L), in int32. Of a query in a prompt the first are none, of the first completion both are one.
+    """
+
+    prompts_BL: Tensor
+    ends_BL: Tensor
+    own_BL: Tensor
+
+    @classmethod
+    def of(cls, segments: Segments) -> Spans:
+        """Read from the segments, each of which is without gaps."""
+        group_BL, member_BL = segments.group_BL, segments.member_BL
+        places_BL = torch.arange(group_BL.shape[1], dtype=torch.int32, device=group_BL.device).expand_as(group_BL)
+        of_group_BL, of_member_BL, after_prompt_BL = (torch.ones_like(group_BL, dtype=torch.bool) for _ in range(3))
+        of_group_BL[:, 1:] = group_BL[:, 1:] != group_BL[:, :-1]
+        of_member_BL[:, 1:] = member_BL[:, 1:] != member_BL[:, :-1]
+        after_prompt_BL[:, 1:] = member_BL[:, :-1] == 0
+
+        def latest(here_BL: Tensor) -> Tensor:
+            return places_BL.where(here_BL, 0).cummax(1).values
+
+        own_BL = latest(of_group_BL | of_member_BL)
+        ends_BL = latest((member_BL != 0) & (of_group_BL | after_prompt_BL))
+        return cls(latest(of_group_BL), torch.where(member_BL == 0, own_BL, ends_BL), own_BL)
+
+    def sees(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """As `sees` of the segments; nothing is looked up by key, which kernels would do for every pair of blocks."""
+        prompts_BL, ends_BL, own_BL = self.prompts_BL, self.ends_BL, self.own_BL
+
+        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            del head
+            of_prompt = (key >= prompts_BL[row, query]) & (key < ends_BL[row, query])
+            return of_prompt | ((key >= own_BL[row, query]) & (key <= query))
+
+        return seen
+
+    def blocks(self, size: int) -> tuple[Tensor, Tensor]:
+        """Of every block of so many queries and keys, (B, 1, N, N): whether any pair sees, and whether all do."""
+        width = self.own_BL.shape[1]
+        low_N = torch.arange(0, width, size, dtype=torch.int32, device=self.own_BL.device)
+        high_N, past_L1 = low_N + size, torch.arange(1, width + 1, dtype=torch.int32, device=low_N.device)[:, None]
+        prompts_BL1, ends_BL1, own_BL1 = (one[..., None] for one in (self.prompts_BL, self.ends_BL, self.own_BL))
+        any_BLN = (ends_BL1.minimum(high_N) > prompts_BL1.maximum(low_N)) | (
+            past_L1.minimum(high_N) > own_BL1.maximum(low_N)
+        )
+        # A prompt and the completion right behind it are one span.
+        first_BL1 = torch.where(ends_BL1 == own_BL1, prompts_BL1, own_BL1)
+        all_BLN = ((prompts_BL1 <= low_N) & (ends_BL1 >= high_N)) | ((first_BL1 <= low_N) & (past_L1 >= high_N))
+
+        def of_blocks(seen_BLN: Tensor) -> Tensor:
+            return pad(seen_BLN, (0, 0, 0, -width % size)).unflatten(1, (-1, size))
+
+        return of_blocks(any_BLN).any(2)[:, None], of_blocks(all_BLN).all(2)[:, None]
+
+
+def block_mask(segments: Segments) -> Any:
+    """The mask as FlexAttention's, from the spans: torch's own way to it compares all tokens of a row."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    spans, width = Spans.of(segments), segments.group_BL.shape[1]
+    some, whole = spans.blocks(_FLEX_BLOCK)
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~whole),
+        *listed(whole),
+        BLOCK_SIZE=_FLEX_BLOCK,
+        mask_mod=spans.sees(),
+        seq_lengths=(width, width),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +329,31 @@ def _attend(
             attention_mask = dense_mask(packed_groups.segments)
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type != "cpu":
+        query, key, value = in_one_precision(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
         return attend_by_members(query, key, value, packed_groups, scale), None
+
+
+def _attend_by_flex(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **others: Any
+) -> tuple[Tensor, Tensor | None]:
+    """FlexAttention as transformers calls it."""
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    states = in_one_precision(query, key, value)
+    # Rows under 128 tokens would go to its kernel for decoding, which cannot be made for several queries to a key.
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    return flex_attention_forward(module, *states, attention_mask, kernel_options=options, **others)
+
+
+def in_one_precision(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The states in autocast's precision, as SDPA casts them: rotations leave queries and keys in float32."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind) or query.dtype == torch.float64:
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def asks_more(arguments: dict[str, Any]) -> bool:
@@ -264,15 +386,25 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block
         return flat.index_select(0, places_NT.flatten()).unflatten(0, places_NT.shape).transpose(1, 2)
 
     outs = [
-        scaled_dot_product_attention(
+        grouped_attention(
             take(query, block.queries_NT),
             take(key, block.keys_NX),
             take(value, block.keys_NX),
-            attn_mask=block.seen,
-            is_causal=block.seen is None,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            block.seen,
+            scale,
         )
         for block in blocks
     ]
     return torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outs])
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """SDPA of (N, heads, T, D) over as many key heads or fewer, under a mask or, where it is None, causally."""
+    repeats = query.shape[1] // key.shape[1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if repeats > 1 and query.device.type == "cuda" and not (half and seen is None):
+        # Of CUDA's kernels those without the scores in memory share no keys in float32 or under a mask.
+        key, value, repeats = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), 1
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=repeats > 1
+    )

@@ -66,7 +66,9 @@ class Scorer(nn.Module):
         if self._way is not None:
             return self._way
         fastest = fastest_way(causal_lm(self.model), self.attention, next(self.model.parameters()).device)
-        return fastest if fastest == "mask" or _shares(self, fastest) else "mask"
+        ways: dict[Way, list[Way]] = {"flex": ["flex", "members"], "members": ["members"], "mask": []}
+        found: Way | None = next((way for way in ways[fastest] if _shares(self, way)), None)
+        return found or "mask"
 
     @property
     def shares_prefix(self) -> bool:
@@ -222,10 +224,14 @@ def score_batch(
     device = next(scorer.parameters()).device
     inputs = build_inputs(encoded, batch, device)
     token_logps_M = scorer(inputs)
-    zeros = blank_scores(scorer, len(batch.members), width)
-    if width is None:
-        return zeros.index_add(0, inputs.members_M, token_logps_M)
-    return zeros.index_put((inputs.members_M, inputs.places_M), token_logps_M)
+    members = len(batch.members)
+    if width is None and device.type == "cpu":
+        return blank_scores(scorer, members).index_add(0, inputs.members_M, token_logps_M)
+    # A GPU's index_add adds up in any order: the same score would not be the same twice.
+    longest = max((len(encoded[group].completion_ids[member]) for group, member in batch.members), default=0)
+    zeros_NT = blank_scores(scorer, members, longest if width is None else width)
+    logps_NT = zeros_NT.index_put((inputs.members_M, inputs.places_M), token_logps_M)
+    return logps_NT.sum(1) if width is None else logps_NT
 
 
 def blank_scores(scorer: nn.Module, members: int, width: int | None = None) -> Tensor:

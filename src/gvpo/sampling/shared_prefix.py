@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from gvpo.models.head import head_maker
 from gvpo.models.modes import probing
-from gvpo.models.packed_attention import asks_more, reaches_attention
+from gvpo.models.packed_attention import asks_more, grouped_attention, reaches_attention
 from gvpo.models.scoring import attends_to_all, causal_lm
 from gvpo.sampling.packed_linear import pack_linears
 
@@ -179,9 +178,7 @@ class SharedPrefixReader:
         held, step = self._layers.setdefault(layer, _Layer()), self._step
         if step.reads_prompts:
             _put_prompts(held, step, key, value)
-            return scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-            )
+            return grouped_attention(query, key, value, None, scale)
         rows, heads = query.shape[0], key.shape[1]
         _put_own(held, step, key, value)
         query_NHRD = query.reshape(rows, heads, -1, query.shape[-1])
@@ -246,6 +243,24 @@ def make_reader(model: nn.Module, dtype: torch.dtype | None, most_own: int | Non
     assert make is not None
     reader = reading_copy(causal, dtype)
     return SharedPrefixReader(reader, make(reader), most_own)
+
+
+def gpu_positions(model: nn.Module, dtype: torch.dtype | None) -> int:
+    """How many positions' keys and values fill an eighth of the model's GPU; 0 = it is on none, or tells no sizes."""
+    weight = next(model.parameters())
+    if weight.device.type != "cuda":
+        return 0
+    config = getattr(causal_lm(model), "config", None)
+    text: Any = None if config is None else config.get_text_config(decoder=True)
+    queries = getattr(text, "num_attention_heads", None)
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    sizes: list[Any] = [getattr(text, "num_hidden_layers", None), heads, queries, getattr(text, "hidden_size", None)]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return 0
+    layers, heads, queries, hidden = sizes
+    width = getattr(text, "head_dim", None) or hidden // queries
+    held = torch.cuda.get_device_properties(weight.device).total_memory // 8
+    return held // (2 * layers * heads * width * (dtype or weight.dtype).itemsize)
 
 
 def _is_exact(causal: Any) -> bool:

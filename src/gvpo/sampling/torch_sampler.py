@@ -25,9 +25,10 @@ from gvpo.models.scoring import causal_lm
 from gvpo.sampling.draw import draw_tokens, member_uniforms
 from gvpo.sampling.plain_reader import PlainReader
 from gvpo.sampling.sampler import Sample, SamplingParams, check_request
-from gvpo.sampling.shared_prefix import can_share, fill_holes, make_reader
+from gvpo.sampling.shared_prefix import can_share, fill_holes, gpu_positions, make_reader
 
 _DEFAULT_BATCH_TOKENS = 32768
+_GPU_BATCH_TOKENS = 262144
 
 
 class TorchSampler:
@@ -37,7 +38,8 @@ class TorchSampler:
     learned positions must accept `position_ids`. `end_token_ids`: a completion ends with
     the first of them; none = every completion is truncated. `max_batch_tokens`: the most token positions held at once:
     every live prompt once, padded to the longest, and `max_new_tokens` for every live completion (models that cannot
-    share prompts hold one prompt per completion); None = 32768, or what one completion takes where that is more.
+    share prompts hold one prompt per completion); None = 32768, or what one completion takes where that is more, and on
+    a GPU up to 262144, as an eighth of its memory allows.
     `dtype`: draw with a copy of the weights in this dtype, made at every call; None = with the weights themselves.
     A model that cannot share prompts draws with its own weights, under autocast to that dtype.
 
@@ -115,7 +117,10 @@ class TorchSampler:
 
     @property
     def _room(self) -> int:
-        return self.max_batch_tokens or _DEFAULT_BATCH_TOKENS
+        if self.max_batch_tokens is not None:
+            return self.max_batch_tokens
+        # A GPU's step takes hardly longer for more rows.
+        return max(_DEFAULT_BATCH_TOKENS, min(_GPU_BATCH_TOKENS, gpu_positions(self.model, self.dtype)))
 
     def _limits(
         self, prompts: Sequence[Sequence[int]], num_generations: int, params: SamplingParams
