@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import signal
 import subprocess
 import sys
@@ -261,6 +262,9 @@ HOSTILE = [
     r"\text{" * 150,
     r"\frac" * 180,
     "\x00\ud800",
+    r"\begin{pmatrix}]",
+    r"\binom{}{",
+    "\u2248",
 ]
 
 
@@ -275,6 +279,26 @@ def test_hostile_accepted_answers_are_compared_as_text():
     for accepted in HOSTILE:
         assert is_equivalent(accepted, accepted)
         assert not is_equivalent("x^2+2x+1", accepted)
+
+
+PIECES = r"""
+    1 2 x y i e E + - * / ^ _ { } ( ) [ ] | ! ' = < > \le , ; . % \% $ \$ \frac \frac{1}{2} \sqrt \sqrt[3] \pi \sin
+    \log_ \text{ \text{cm} \infty \cup \in \mathbb{R} \setminus \{ \} \pm \mp \begin{pmatrix} \end{pmatrix} \\ &
+    \lfloor \rfloor \binom{ \binom{5}{2} ^\circ ≈ √ ½ ² 10^{ e5 1,000 and or \left( \right) \boxed{ #### answer:is
+    <think> </think> <answer> 9^{9^{9 }}} \cdot cm million (C) \gamma \dot{x}
+"""
+
+
+@pytest.mark.usefixtures("deadline")
+def test_any_text_is_judged():
+    """No exception, and no hang, for 1,500 texts of random pieces."""
+    draw, pieces = random.Random(0), PIECES.split()
+    for _ in range(1_500):
+        text = draw.choice(["", " "]).join(draw.choices(pieces, k=draw.choice([2, 5, 12, 40])))
+        assert is_equivalent(text, text)
+        for accepted in ("7", "(1,2)", draw.choice(pieces)):
+            is_equivalent(text, accepted)
+        final_answers(text)
 
 
 def test_nothing_is_said_and_sympy_comes_late():

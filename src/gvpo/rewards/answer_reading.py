@@ -195,7 +195,7 @@ def _bracketed(text: str, depth: int) -> Answer | None:
 def _matrix(text: str, depth: int) -> Answer | None:
     text = _TRANSPOSED.sub("", text) if "&" not in text and text.startswith(r"\begin") else text
     match = _MATRIX.match(text)
-    if not match or not _spans(text):
+    if not match or not _spans(text) or r"\end{" not in text:
         return None
     body = text[match.end() : text.rindex(r"\end")]
     rows = [row for row in split(body, r"\\\\") if row.strip()]

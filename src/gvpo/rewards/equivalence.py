@@ -42,7 +42,7 @@ def is_equivalent(answer: str, accepted: str) -> bool:
     answer are what is asked for.
     """
     first, second = read(answer), read(accepted)
-    if _same(first, second):
+    if answer == accepted or _same(first, second):
         return True
     # 100,200 is one number or two; whichever the other answer is.
     if second.kind == "leaf" and first.kind != "leaf" and "," in accepted:
