@@ -13,7 +13,7 @@ import pytest
 from gvpo.errors import UserError
 from gvpo.rewards import equivalence
 from gvpo.rewards import math as rewards_math
-from gvpo.rewards.answer_finding import final_answers
+from gvpo.rewards.answers.finding import final_answers
 from gvpo.rewards.equivalence import extract_answer, is_equivalent
 from gvpo.rewards.math import math_accuracy
 from rewards.math_cases import CASES, Case

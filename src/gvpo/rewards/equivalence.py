@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gvpo.rewards.answer_finding import final_answers
-from gvpo.rewards.answer_latex import compact
-from gvpo.rewards.answer_numbers import (
+from gvpo.rewards.answers.finding import final_answers
+from gvpo.rewards.answers.latex import compact
+from gvpo.rewards.answers.numbers import (
     Number,
     Quantity,
     base_value,
@@ -25,13 +25,13 @@ from gvpo.rewards.answer_numbers import (
     units_differ,
     without_label,
 )
-from gvpo.rewards.answer_reading import Answer, read, read_as_list
+from gvpo.rewards.answers.reading import Answer, read, read_as_list
 
 MOST_UNORDERED = 30  # values of a list in any order, where they are more than plain numbers
 
 
 def extract_answer(text: str) -> str | None:
-    """The completion's final answer as it was written (see `gvpo.rewards.answer_finding`); None where it has none."""
+    """The completion's final answer as it was written (see `gvpo.rewards.answers.finding`); None where it has none."""
     return next(iter(final_answers(text)), None)
 
 
@@ -137,10 +137,10 @@ def _same_equation(answer: Answer, accepted: Answer) -> bool:
     sides = [tuple(compact(side.text) for side in equation.items) for equation in (answer, accepted)]
     if len(sides[0]) != 2 or len(sides[1]) != 2:
         return not answer.label and not accepted.label and _same(answer.items[-1], accepted.items[-1])
-    from gvpo.rewards import answer_expression
+    from gvpo.rewards.answers import expression
 
     first, second = ((one.items[0].text, one.items[1].text) for one in (answer, accepted))
-    return sides[0] == sides[1][::-1] or answer_expression.same_equation(first, second)
+    return sides[0] == sides[1][::-1] or expression.same_equation(first, second)
 
 
 def _value_of(equation: Answer, accepted: Answer) -> Answer:
@@ -225,22 +225,22 @@ def _quickly(answer: str, accepted: str) -> bool | None:
 
 
 def _by_values(answer: str, accepted: str) -> bool:
-    from gvpo.rewards import answer_expression
+    from gvpo.rewards.answers import expression
 
     asked = plain_number(accepted)
     if asked and asked.unit is not None:
-        value = answer_expression.real_value(answer)
+        value = expression.real_value(answer)
         return value is not None and same_number(value, asked)
-    return answer_expression.same_expression(answer, accepted)
+    return expression.same_expression(answer, accepted)
 
 
 def _by_algebra(answer: Answer, accepted: Answer) -> bool:
     """Sets in another form: R without a point, overlapping intervals."""
     if not (_SET_SIGN.search(answer.text) and _SET_SIGN.search(accepted.text)):
         return False
-    from gvpo.rewards import answer_expression
+    from gvpo.rewards.answers import expression
 
-    return answer_expression.same_expression(answer.text, accepted.text)
+    return expression.same_expression(answer.text, accepted.text)
 
 
 _SET_SIGN = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset|ne|le|ge)(?![A-Za-z])|[<>\[\]]|\(.*,.*\)")

@@ -7,8 +7,8 @@ from numbers import Number
 from typing import Any
 
 from gvpo.errors import UserError
-from gvpo.rewards.answer_finding import final_answers
-from gvpo.rewards.answer_latex import LONGEST, plain_latex
+from gvpo.rewards.answers.finding import final_answers
+from gvpo.rewards.answers.latex import LONGEST, plain_latex
 from gvpo.rewards.equivalence import extract_answer, is_equivalent
 from gvpo.rewards.guard import guarded
 from gvpo.rewards.ready import Texts, completion_text
@@ -20,7 +20,7 @@ def math_accuracy(*, completions: Texts | None, answers: Sequence[Any], **column
 
     answers: for each row a string or number, or a list of them; whole solutions that end in `\boxed{}` or `####` too.
         None: no verdict, another function's task.
-    The final answer is what `gvpo.rewards.answer_finding` says: one counts, the last. What cannot be read, or is too
+    The final answer is what `gvpo.rewards.answers.finding` says: one counts, the last. What cannot be read, or is too
     large to be evaluated, is right only where it is the accepted answer as text. Computed in processes that are killed
     after 30 s (`gvpo.rewards.guarded`): a member that takes longer gets None, which is logged.
 

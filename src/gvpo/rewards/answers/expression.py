@@ -23,7 +23,7 @@ import sympy
 from math_verify import verify
 from mpmath.ctx_mp import MPContext
 
-from gvpo.rewards.answer_parsing import SET, free_symbols, parsed
+from gvpo.rewards.answers.parsing import SET, free_symbols, parsed
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -14,7 +14,7 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from sympy.core.function import AppliedUndef
 
-from gvpo.rewards.answer_latex import closing
+from gvpo.rewards.answers.latex import closing
 
 _CASES_DIFFER = ConversionConfig(lowercase_symbols=False)
 

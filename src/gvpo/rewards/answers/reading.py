@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Literal
 
-from gvpo.rewards.answer_latex import LONGEST, closing, compact, pieces, plain_latex, split, trimmed
+from gvpo.rewards.answers.latex import LONGEST, closing, compact, pieces, plain_latex, split, trimmed
 
 DEEPEST = 6
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from gvpo.rewards.answer_latex import LONGEST
+from gvpo.rewards.answers.latex import LONGEST
 
 MOST_DIGITS = 4_000  # of a number that is compared as a number; Python refuses to read more than 4,300 at once
 RELATIVE = Fraction(1, 10_000)
