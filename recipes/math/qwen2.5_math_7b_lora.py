@@ -1,6 +1,6 @@
 """Qwen2.5-Math-7B on MATH with LoRA, on one GPU of 80 GB or several: the paper's model where full weights do not fit.
 
-    gvpo prepare --task math --template verl-math --check_against math --drop_overlap --out math.jsonl
+    gvpo prepare --task math --template verl-math --check_against math --drop_overlap --min_share 0.5 --out math.jsonl
     python recipes/math/qwen2.5_math_7b_lora.py                              # one GPU
     torchrun --nproc_per_node 8 recipes/math/qwen2.5_math_7b_lora.py         # eight
 

@@ -52,6 +52,7 @@ def test_rows(capsys: pytest.CaptureFixture[str]):
             "answers": [str(i)],
             "problem": problem,
             "id": f"train/{i}",
+            "answer": str(i),
             "level": i,
         }
         for i, problem in enumerate(TRAINING[:2])
@@ -164,3 +165,8 @@ def test_what_is_no_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     assert capsys.readouterr().err.startswith("gvpo prepare: days.parquet, row 1: cannot be written as JSON (")
     assert Path("out.jsonl").read_text() == "old\n"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_task_is_given_once(capsys: pytest.CaptureFixture[str]):
+    assert prepare("--task", "train.jsonl", "--task", "train.jsonl", "--out", "out.jsonl") == 2
+    assert capsys.readouterr().err.endswith("another task is called 'train' too; give each one once\n")

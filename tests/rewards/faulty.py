@@ -63,6 +63,7 @@ MISDEEDS = {
     "close": _close_everything,
     "daemon and exit": lambda: [_leave_a_daemon(), time.sleep(0.2), os._exit(4)],
     # These are no faults: the answer comes, and nothing may be left behind.
+    "alarm": lambda: signal.setitimer(signal.ITIMER_REAL, 0.1),  # the worker dies of it, after its answer
     "fork": lambda: os.fork(),
     "daemon": _leave_a_daemon,
     "thread": lambda: threading.Thread(target=time.sleep, args=(3600,)).start(),

@@ -136,21 +136,34 @@ class TestFaults:
 
     def test_a_function_that_always_fails_stops_the_run(self, pool: Any) -> None:
         functions = pool("obedient", workers=1)
+
+        def bad() -> Group:
+            return group(*["exit 1"] * 8)
+
         with pytest.raises(UserError) as refused:
-            score_groups([group(*["exit 1"] * (GIVE_UP + 5))], functions, None)
+            score_groups([bad(), bad(), bad()], functions, None)
         assert str(refused.value) == (
             f"reward function 'obedient' gave no answer for {GIVE_UP} completions in a row, for the last: exit: the "
             "function called sys.exit(3); fix the function, or raise the limit (reward_timeout, reward_memory)"
         )
-        # One answer in between, and the count begins again.
-        often = [group(*["exit 1"] * (GIVE_UP - 1), "say 2", *["exit 1"] * (GIVE_UP - 1), "say 3")]
-        assert [one for one in score_groups(often, pool("obedient", workers=1), None).rewards[0] if one] == [2.0, 3.0]
+        # One prompt, however many completions it has, and answers in between: no reason to stop.
+        assert score_groups([group(*["exit 1"] * (GIVE_UP + 1))], functions, None).rewards == [[None] * (GIVE_UP + 1)]
+        often = score_groups([bad(), group("say 2"), bad(), group("say 3", "exit 1"), bad()], functions, None)
+        assert often.rewards == [[None] * 8, [2.0], [None] * 8, [3.0, None], [None] * 8]
+
+    def test_what_a_member_has_left_behind_is_not_held_against_the_next(self, pool: Any) -> None:
+        functions = pool("obedient", workers=1)
+        for _ in range(3):
+            assert ask(functions[0].function, "alarm 1") == 1.0
+            time.sleep(0.3)
+            assert ask(functions[0].function, "say 2") == 2.0
 
     def test_output_is_passed_on_up_to_a_limit(self, pool: Any, capfd: pytest.CaptureFixture[str]) -> None:
         (found,) = pool("obedient")
         assert ask(found.function, "print a little 1") == 1.0
         assert capfd.readouterr() == ("", "seen\n")
-        assert ask(found.function, "print 1") == "output"
+        (fresh,) = pool("obedient")
+        assert ask(fresh.function, "print 1") == "output"
         out, err = capfd.readouterr()
         assert out == "" and len(err) == process.SHOWN_OUTPUT
 
@@ -248,11 +261,13 @@ class TestCalls:
             assert logging(completions=["a", "none"], log_metric=metrics.__setitem__) == [1.0, None]
             assert metrics == {"members": 2.0}
             lonely = pool("lonely")[0].function
+            assert function(completions=[f"say {n}" for n in range(20)], answers=range(20)) == [*map(float, range(20))]
+            with pytest.raises(UserError, match="given 2 completions, and 3 values of 'answers'"):
+                lonely(completions=["a", "b"], answers=(1, 2, 3))
             assert lonely(completions=["a"] * 19, answers=[1] * 19) == [8.0] * 16 + [3.0] * 3
             assert lonely(completions=[]) == []
         finally:
             function.pool.close()
-            guarded.cache_clear()
 
 
 class TestLife:
@@ -290,9 +305,9 @@ class TestLife:
     def test_a_server_that_was_killed_is_told_of(self, pool: Any) -> None:
         (found,) = pool("lonely", workers=1)
         assert found.function(completions=["a"]) == [1.0]
-        for one in psutil.Process().children():
-            if "fork_server" in " ".join(one.cmdline()):
-                one.kill()
+        server = found.function.pool._running.server._process
+        server.kill()
+        server.wait()
         with pytest.raises(UserError, match="the process that reward functions are called from has ended"):
             found.function(completions=["a"])
 

@@ -66,6 +66,7 @@ def test_rows_are_what_the_trainer_reads(template: str, tmp_path: Path):
         assert [row.prompt for row in read] == [TEMPLATES[template](one.text) for one in PROBLEMS]
         assert read[0].columns == {
             "answers": ["4", "four"],
+            "answer": "4",
             "problem": "2+2?",
             "id": "set/0",  # the problem's, not the column of that name
             "level": 1,

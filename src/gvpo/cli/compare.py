@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from gvpo.errors import UserError
+
 
 def compare(
     a: Annotated[str, typer.Argument(metavar="RUN_A", help="Folder of a finished gvpo eval.")],
@@ -19,6 +21,10 @@ def compare(
     from gvpo.evaluation.folder import write_json
     from gvpo.evaluation.tables import comparison_text
 
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {Path(out).parent} does not exist; make it first")
+    if out is not None and Path(out).resolve().parent in (Path(a).resolve(), Path(b).resolve()):
+        raise UserError(f"--out {out}: is in the folder of a run, whose own files are there; name another place")
     comparison = compare_runs(read_run(a), read_run(b))
     if out is not None:
         write_json(Path(out), comparison)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gvpo.cli.options import checked_config, config_default, config_option, reward_functions
 from gvpo.cli.origins import KEY, Opened, Origin, given_origin, local_origin, server_origin
 from gvpo.cli.progress import progress_bar, stoppable
 from gvpo.errors import UserError
@@ -133,6 +134,9 @@ def eval(
         int,
         typer.Option("--batch", min=1, metavar="INT", help="Problems drawn together, then written.", show_default=True),
     ] = 32,
+    reward_workers: Annotated[int | None, config_option("reward_workers", "INT")] = config_default("reward_workers"),
+    reward_timeout: Annotated[float, config_option("reward_timeout", "SECONDS")] = config_default("reward_timeout"),
+    reward_memory: Annotated[float, config_option("reward_memory", "GIB")] = config_default("reward_memory"),
 ) -> int:
     """Answer problems and score the answers: pass@1 with 95 % intervals, majority votes, lengths.
 
@@ -159,7 +163,10 @@ def eval(
         origin = server_origin(server, model)
     else:
         origin = local_origin(model or MODEL, rollout_dtype=rollout_dtype or "auto", use_vllm=use_vllm)
-    functions = {name: _functions(name) for name in dict.fromkeys(one.reward for one in tasks)}
+    limits = checked_config(
+        reward_workers=reward_workers, reward_timeout=reward_timeout, reward_memory=reward_memory
+    ).reward_limits
+    functions = {name: reward_functions([name], limits) for name in dict.fromkeys(one.reward for one in tasks)}
     _check_columns(tasks, functions, template)
     settings: dict[str, Any] = {**origin.settings, **sampling, "seed": SEED if seed is None else seed}
     settings["tasks"] = {one.name: one.settings(drawn=completions is None) for one in tasks}
@@ -239,16 +246,6 @@ def _draw(job: _Job, opened: Opened, seed: int) -> int:
 
 def _file(job: _Job, task: EvalTask) -> Path:
     return job.folder / f"{task.name}.jsonl"
-
-
-def _functions(reward: str) -> list[RewardFunction]:
-    from gvpo.rewards.limits import Limits
-    from gvpo.rewards.resolve import resolve_rewards
-
-    try:
-        return resolve_rewards(reward, Limits())
-    except UserError as error:  # which knows the config's name for it
-        raise UserError(f"--reward: {str(error).removeprefix('reward_funcs: ')}") from error
 
 
 def _refuse(options: Mapping[str, Any], reason: str) -> None:

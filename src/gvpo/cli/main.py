@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a check failed or a bug of ours (with its traceback), 2 a 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -58,6 +59,12 @@ def main(argv: list[str] | None = None) -> int | None:
         code = _group().main(list(arguments), prog_name="gvpo", standalone_mode=False)
     except (UserError, typer.TyperException) as error:
         return _complain(name, _explain(name, error), 2)
+    except OSError as error:
+        # Paths are the user's: looking whether there is anything at one fails where its folder may not be entered.
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise
+        reason = f"cannot be opened ({error.strerror}); check the path and its permissions"
+        return _complain(name, f"{error.filename}: {reason}", 2)
     except typer.Abort as error:
         # typer takes an EOFError for a closed prompt; there are no prompts here.
         raise error.__cause__ or error from None

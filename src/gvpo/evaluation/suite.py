@@ -35,9 +35,9 @@ class EvalTask:
     reward: str
 
     def rows(self, template: str) -> list[Row]:
-        """The problems as prompts; the column `answer`, where they have none, is the first accepted answer."""
+        """The problems as prompts."""
         return [
-            Row(columns.pop("prompt"), None, {"answer": problem.answers[0], **columns}, (), problem.where, problem.id)
+            Row(columns.pop("prompt"), None, columns, (), problem.where, problem.id)
             for problem, columns in zip(self.problems, prompt_rows(self.problems, template), strict=True)
         ]
 
@@ -112,7 +112,8 @@ def load_tasks(
 
 def file_name(task: str) -> str:
     """What a task is called in a run: a file's name without its extension, and else the name, fit for a file."""
-    return Path(task).stem if task.endswith((".jsonl", ".parquet")) else task.replace(":", "-").replace("/", "-")
+    is_file = Path(task).suffix.lower() in (".jsonl", ".parquet")
+    return Path(task).stem if is_file else task.replace(":", "-").replace("/", "-")
 
 
 def digest(value: Any) -> str:
@@ -140,13 +141,16 @@ def given_completions(file: str, tasks: Sequence[EvalTask]) -> tuple[GivenSource
     A row has `completions`, texts or whole completions as groups have them, or one text, `completion`.
     Raises UserError for another number of rows than of problems, or different numbers of completions in a task.
     """
-    given = [(where, _given(where, row)) for where, row in numbered_rows(file)]
+    rows = list(numbered_rows(file))
+    given = [(where, _given(where, row)) for where, row in rows]
     problems = sum(len(task.problems) for task in tasks)
     if len(given) != problems:
         names = ", ".join(f"{task.name} {len(task.problems)}" for task in tasks)
         raise UserError(
             f"{file}: {len(given)} rows for {problems} problems ({names}); give one row a problem, in order"
         )
+    for (where, row), problem in zip(rows, (one for task in tasks for one in task.problems), strict=True):
+        _check_problem(where, row, problem)
     counted, by_id, rest = [], {}, iter(given)
     for task in tasks:
         own = [next(rest) for _ in task.problems]
@@ -159,6 +163,17 @@ def given_completions(file: str, tasks: Sequence[EvalTask]) -> tuple[GivenSource
         counted.append(replace(task, num_samples=k))
         by_id |= {problem.id: completions for problem, (_, completions) in zip(task.problems, own, strict=True)}
     return GivenSource(by_id), counted
+
+
+def _check_problem(where: str, row: Mapping[str, Any], problem: Problem) -> None:
+    """Refuse completions of another problem, where the row says which one they are of."""
+    columns = row.get("columns")
+    told = columns.get("problem") if isinstance(columns, Mapping) else row.get("problem")
+    if isinstance(told, str) and told.strip() != problem.text.strip():
+        raise UserError(
+            f"{where}, field 'problem': {told!r:.60}, and the task has {problem.text!r:.60} in this place "
+            f"({problem.where}); give one row a problem, in the task's order"
+        )
 
 
 def _given(where: str, row: Any) -> list[Completion]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from gvpo.groups import Completion, Group
 from gvpo.rewards.calling import Scoring
+from gvpo.rewards.outputs import CAUSES
 from gvpo.rewards.resolve import RewardFunction
 
 FAILURES = "reward_failures"
@@ -57,6 +58,7 @@ def fill_from(scoring: Scoring, groups: Sequence[Group]) -> dict[str, float]:
             if report.extra:
                 completion.meta["extra"] = {name: values[first + place] for name, values in report.extra.items()}
             failed = {name: str(why[first + place]) for name, why in report.failures.items() if first + place in why}
+            completion.meta.pop(FAILURES, None)
             if failed:
                 completion.meta[FAILURES] = failed
         first += group.k
@@ -65,5 +67,7 @@ def fill_from(scoring: Scoring, groups: Sequence[Group]) -> dict[str, float]:
 
 def failures_by_cause(groups: Iterable[Group]) -> Counter[str]:
     """How many completions a reward function failed on, by cause (`gvpo.rewards.outputs.CAUSES`)."""
-    failed = [one.meta.get(FAILURES, {}) for group in groups for one in group.completions]
-    return Counter(text.partition(":")[0] for by_function in failed for text in by_function.values())
+    kept = [one.meta.get(FAILURES) for group in groups for one in group.completions]
+    # A user's own meta may hold anything under that name.
+    causes = [str(text).partition(":")[0] for one in kept if isinstance(one, dict) for text in one.values()]
+    return Counter(cause for cause in causes if cause in CAUSES)

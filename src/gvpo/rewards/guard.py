@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 
 from gvpo.rewards.limits import Limits
 from gvpo.rewards.workers.pool import PooledFunction, RewardPool
 
 
-@functools.cache
 def guarded(entry: str, *, seconds: float = 30.0, memory: float = 4.0, workers: int | None = None) -> PooledFunction:
     """`module:function` as a reward function that cannot hang, crash or exhaust the process that calls it.
 
@@ -16,5 +15,12 @@ def guarded(entry: str, *, seconds: float = 30.0, memory: float = 4.0, workers: 
     A member whose call fails gets None. Works in any thread and process, with TRL's trainers too.
     Raises UserError where the module cannot be imported or has no such function.
     """
-    (function,) = RewardPool([entry], Limits(seconds, memory, workers)).functions
-    return function
+    key = (entry, Limits(seconds, memory, workers))
+    with _lock:
+        if key not in _made or not _made[key].pool.alive:
+            (_made[key],) = RewardPool([entry], key[1]).functions
+        return _made[key]
+
+
+_lock = threading.Lock()
+_made: dict[tuple[str, Limits], PooledFunction] = {}

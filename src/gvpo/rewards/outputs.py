@@ -106,8 +106,8 @@ def joined(parts: list[Output]) -> Output:
     whole = Output([])
     for part in parts:
         before = len(whole.values)
-        for column in part.extra.keys() - whole.extra.keys():
-            whole.extra[column] = [None] * before
+        for column in part.extra:
+            whole.extra.setdefault(column, [None] * before)
         for column, values in whole.extra.items():
             values += part.extra.get(column, [None] * len(part.values))
         for name, numbers in part.metrics.items():

@@ -87,7 +87,8 @@ TEMPLATES: dict[str, Callable[[str], Prompt]] = {
 
 
 def prompt_rows(problems: Iterable[Problem], template: str) -> list[dict[str, Any]]:
-    """Rows that `read_rows` and the trainer take: `prompt`, `answers`, `problem`, `id`, and the problems' columns.
+    """Rows that `read_rows` and the trainer take: `prompt`, `answers`, `answer` (the first of them, where the problems
+    have no such column), `problem`, `id`, and the problems' columns.
 
     template: a key of TEMPLATES. Raises UserError for any other.
     """
@@ -104,7 +105,7 @@ def find_template(name: str) -> Callable[[str], Prompt]:
 
 def _row(prompt: Prompt, one: Problem) -> dict[str, Any]:
     row = {"prompt": prompt, "answers": list(one.answers), "problem": one.text, "id": one.id}
-    return row | one.columns | row  # first, and not to be overwritten
+    return row | {"answer": one.answers[0]} | one.columns | row  # first, and not to be overwritten
 
 
 def _user(text: str) -> list[dict[str, str]]:

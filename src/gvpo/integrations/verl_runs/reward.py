@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,14 @@ def compute_score(
     return reward
 
 
-@functools.cache
 def _functions(names: tuple[str, ...], limits: Limits) -> list[RewardFunction]:
+    with _lock:  # verl calls from several threads, and one pool is enough
+        return _resolved(names, limits)
+
+
+@functools.cache
+def _resolved(names: tuple[str, ...], limits: Limits) -> list[RewardFunction]:
     return resolve_rewards(list(names), limits)
+
+
+_lock = threading.Lock()

@@ -62,6 +62,8 @@ class _Server:
 
     def serve(self) -> None:
         signal.signal(signal.SIGCHLD, self._release)
+        # Schedulers tell every process of a job to end; this one ends with the run, which may have to save first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for letter, number, fds in self._requests():
             answer = self._fork(*fds) if letter == b"F" else self._end(number, patience=_DYING * (letter == b"W"))
             with contextlib.suppress(BrokenPipeError):
@@ -98,6 +100,7 @@ class _Server:
     def _be_worker(self, server: int, connection: int, output: int) -> NoReturn:
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.setsid()
             _prctl(_SET_PDEATHSIG, signal.SIGKILL)
             _prctl(_SET_CHILD_SUBREAPER, 1)

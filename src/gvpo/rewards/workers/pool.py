@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -27,8 +27,9 @@ from gvpo.rewards.limits import Limits
 from gvpo.rewards.outputs import Failure, Output, joined
 from gvpo.rewards.workers.process import Failed, ForkServer, Worker
 
-GIVE_UP = 20
-"""Members in a row that may fail alone before all stops. Where half of all members fail, that is one in a million."""
+GIVE_UP, FEWEST_CALLS = 20, 3
+"""Completions in a row without any answer, of so many calls at least, after which a run is stopped: one prompt may be
+such that a verifier fails on all that is said to it."""
 
 _MOST_WORKERS = 32
 _TOGETHER = 8
@@ -68,7 +69,7 @@ class PooledFunction:
         **arguments: Any,
     ) -> list[float | None]:
         """The values for all members, a few in each call. Who gets no answer is logged, by cause."""
-        count = next((len(value) for value in arguments.values() if isinstance(value, list)), 0)
+        arguments, count = _as_lists(arguments)
         parts = [range(start, min(start + _TOGETHER, count)) for start in range(0, count, _TOGETHER)]
         asked = [self.submit(self.__name__, _of_members(arguments, part), len(part)) for part in parts]
         output = joined([future.result() for future in asked])
@@ -83,6 +84,25 @@ class PooledFunction:
             if isinstance(value, str):
                 raise UserError(f"reward function {self.__name__!r} returned {value}: return a number, or None")
         return [value for value in output.values if not isinstance(value, str)]
+
+
+def _as_lists(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """All columns as lists, and how many members they have; what is no column stays as it is.
+
+    Raises UserError for columns of different lengths.
+    """
+    lists = {
+        name: value
+        if name == "trainer_state" or isinstance(value, str | None) or not hasattr(value, "__len__")
+        else list(value)
+        for name, value in arguments.items()
+    }
+    lengths = {name: len(value) for name, value in lists.items() if isinstance(value, list)}
+    count = next((lengths[name] for name in ("completions", "completion_ids", "prompts") if name in lengths), 0)
+    for name, length in lengths.items():
+        if length != count:
+            raise UserError(f"a reward function was given {count} completions, and {length} values of {name!r}")
+    return lists, count
 
 
 def _parameter(name: str, kind: int, has_default: bool) -> inspect.Parameter:
@@ -117,16 +137,25 @@ class RewardPool:
 
     def __init__(self, entries: Sequence[str], limits: Limits | None = None) -> None:
         self._entries, self._limits = list(entries), limits or Limits()
+        self._lock = threading.Lock()
         self._start()
         told = self._running.server.functions
         self.functions = [PooledFunction(self, place, *one) for place, one in enumerate(told)]
 
     def submit(self, job: _Job) -> Future[Output]:
         """Have a job done; see `PooledFunction.submit`."""
-        if self._running.process != os.getpid():  # threads do not come along with a fork
-            self._start()
+        with self._lock:
+            if self._running.process != os.getpid():  # threads do not come along with a fork
+                self._start()
+            elif not self._finalizer.alive:
+                raise UserError("the pool of this reward function was closed; make a new one")
         self._running.jobs.put(job)
         return job.future
+
+    @property
+    def alive(self) -> bool:
+        """Whether calls can be answered: it was not closed, nor has its server ended."""
+        return self._finalizer.alive and (self._running.process != os.getpid() or self._running.server.alive)
 
     def close(self) -> None:
         """Kill all workers; calls that are under way raise UserError."""
@@ -138,13 +167,14 @@ class RewardPool:
 
 
 class _Running:
-    """A server, and the threads that each have one worker of it. failing: members that failed in a row, by function."""
+    """A server, and the threads that each have one worker of it. failing: by name, the members of the last calls, in a
+    row, that brought no answer at all."""
 
     def __init__(self, entries: Sequence[str], limits: Limits) -> None:
         self.process, self.limits = os.getpid(), limits
         self.server = ForkServer(entries)
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self.failing = Counter[str]()
+        self.failing: defaultdict[str, list[int]] = defaultdict(list)
         self._threads = limits.workers or own_cores()
         for number in range(self._threads):
             # Daemons: a call that hangs must not hold up the end of the program.
@@ -174,31 +204,46 @@ class _Caller:
                 job.future.set_exception(error)
             else:
                 job.future.set_result(output)
+        if self._worker is not None:
+            self._worker.close()
 
     def _output(self, job: _Job) -> Output:
         """All members in one call; each alone, where that call fails."""
         if job.count > 1:
             try:
-                return self._call(job)
+                output = self._call(job)
             except Failed:
                 pass
-        return joined([self._alone(job.of_member(member)) for member in range(job.count)])
+            else:
+                self._running.failing[job.name] = []
+                return output
+        alone = [self._alone(job.of_member(member)) for member in range(job.count)]
+        self._count(job, [failure for output in alone for failure in output.failures.values()])
+        return joined(alone)
+
+    def _count(self, job: _Job, failures: Sequence[Failure]) -> None:
+        """Give up where nothing gets an answer any more. Raises UserError."""
+        failing = self._running.failing
+        failing[job.name] = failing[job.name] + [job.count] if len(failures) == job.count else []
+        if len(failing[job.name]) < FEWEST_CALLS or sum(failing[job.name]) < GIVE_UP:
+            return
+        failing[job.name] = []
+        raise UserError(
+            f"reward function {job.name!r} gave no answer for {GIVE_UP} completions in a row, for the last: "
+            f"{failures[-1]}; fix the function, or raise the limit (reward_timeout, reward_memory)"
+        )
 
     def _alone(self, job: _Job) -> Output:
-        failing = self._running.failing
-        try:
-            output = self._call(job)
-        except Failed as failed:
-            assert failed.failure is not None
-            failing[job.name] += 1
-            if failing[job.name] >= GIVE_UP:
-                raise UserError(
-                    f"reward function {job.name!r} gave no answer for {GIVE_UP} completions in a row, for the last: "
-                    f"{failed.failure}; fix the function, or raise the limit (reward_timeout, reward_memory)"
-                ) from failed
-            return Output([None], failures={0: failed.failure})
-        failing[job.name] = 0
-        return output
+        # What an earlier member has left behind in a worker must not cost this one its reward.
+        for attempt in ("in the worker there is", "in a new one"):
+            used = self._worker is not None
+            try:
+                return self._call(job)
+            except Failed as failed:
+                assert failed.failure is not None
+                if not used or attempt == "in a new one":
+                    return Output([None], failures={0: failed.failure})
+        raise AssertionError
 
     def _call(self, job: _Job) -> Output:
         """One call. Raises Failed, with the cause, where the worker had to go."""
@@ -212,8 +257,8 @@ class _Caller:
             self._worker = None
             ending = server.end(worker, dying=failed.failure is None)
             raise Failed(failed.failure or ending) from None
-        if worker.memory > limits.memory / 2:
-            # What it has heaped up must not be held against the next member.
+        if worker.heaped > limits.memory / 2:
+            # What it has heaped up since its first answer must not be held against the next member.
             self._worker = None
             server.end(worker)
         if "error" in answer:

@@ -34,7 +34,7 @@ SHOWN_OUTPUT = 2**14
 """Bytes of it that are passed on to standard error."""
 
 _LOOK = 0.02
-_LOOK_AT_CHILDREN = 0.2
+_LOOK_AT_CHILDREN = 0.5
 _GIB = 2**30
 _DYING = 1.0
 _CLEARING_UP = 5.0
@@ -87,12 +87,21 @@ class ForkServer:
             raise UserError(reply["error"])
         return described
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
     def fork(self, limits: Limits) -> Worker:
         """A new worker."""
         connection, theirs = socket.socketpair()
         output, writing = os.pipe()
         try:
             pid = self._ask(b"F", 0, [theirs.fileno(), writing])
+        except UserError:
+            connection.close()
+            os.close(output)
+            raise
         finally:
             theirs.close()
             os.close(writing)
@@ -106,6 +115,9 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server, and with it everything."""
+        with contextlib.suppress(OSError):
+            # A process that was forked from this one may hold a copy, which closing would leave open.
+            self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
         self._kill(after=_CLEARING_UP)
 
@@ -137,6 +149,7 @@ class Worker:
     def __init__(self, pid: int, connection: socket.socket, output: int, limits: Limits) -> None:
         self.pid, self._connection, self._output, self._limits = pid, connection, output, limits
         self._numbers = itertools.count()
+        self._settled: float | None = None
         connection.settimeout(limits.seconds)
 
     def exchange(self, place: int, name: str, arguments: dict[str, Any], count: int) -> dict[str, Any]:
@@ -145,7 +158,8 @@ class Worker:
         Raises Failed where there is none, and UserError for arguments that cannot be pickled.
         """
         number = next(self._numbers)
-        request = _pickled((number, place, name, arguments, count), name)
+        # The arguments apart: what cannot be read there must not take the rest with it.
+        request = pickle.dumps((number, place, name, _pickled(arguments, name), count))
         try:
             wire.send(self._connection, request)
             watch = _MemoryWatch(self.pid, self._limits.memory)
@@ -161,9 +175,11 @@ class Worker:
         return answer
 
     @property
-    def memory(self) -> float:
-        """GiB that it holds now."""
-        return _memory(self.pid)
+    def heaped(self) -> float:
+        """GiB that it holds now beyond what it held after its first answer."""
+        held = _memory(self.pid)
+        self._settled = held if self._settled is None else self._settled
+        return held - self._settled
 
     def close(self) -> None:
         """Close this end."""
@@ -195,7 +211,14 @@ def _start_server(entries: Sequence[str], control: int, output: int) -> subproce
         "from gvpo.rewards.workers.fork_server import main; main(int(sys.argv[2]), sys.argv[3:])"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", start, json.dumps(sys.path), str(control), *entries],
+        [
+            sys.executable,
+            "-c",
+            start,
+            json.dumps([one for one in sys.path if isinstance(one, str)]),
+            str(control),
+            *entries,
+        ],
         pass_fds=[control],
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -223,8 +246,7 @@ def _answer(connection: socket.socket, output: int, seconds: float, watch: _Memo
             if len(parts) == wanted == wire.HEADER.size:
                 wanted += _size(bytes(parts))
             elif len(parts) == wanted:
-                if select.select([output], [], [], 0)[0]:
-                    printed.read()
+                printed.read_rest()
                 return bytes(parts[wire.HEADER.size :])
         if watch is not None:
             watch.look()
@@ -244,12 +266,21 @@ class _Printed:
     def __init__(self, output: int) -> None:
         self._output, self._count = output, 0
 
+    def read_rest(self) -> None:
+        """What was printed before the answer and is not read yet: as much as a pipe holds."""
+        poll = select.poll()
+        poll.register(self._output, select.POLLIN)
+        if poll.poll(0):
+            self.read()
+
     def read(self) -> bool:
         """Take what is there; False at the end. Raises Failed for more than `MOST_OUTPUT`."""
         text = os.read(self._output, 2**16)
         if shown := text[: max(0, SHOWN_OUTPUT - self._count)]:
-            sys.stderr.write(shown.decode(errors="replace"))
-            sys.stderr.flush()
+            # Nobody may be there to read it, which is not the function's fault.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stderr.write(shown.decode(errors="replace"))
+                sys.stderr.flush()
         self._count += len(text)
         if self._count > MOST_OUTPUT:
             raise Failed(Failure("output", f"it printed more than {MOST_OUTPUT:,} bytes"))

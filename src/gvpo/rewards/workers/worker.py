@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import os
 import pickle
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gvpo.errors import UserError, shortened
+from gvpo.errors import UserError, error_line, shortened
 from gvpo.rewards.outputs import Log, Output, blaming, read_output
 from gvpo.rewards.workers import wire
 
@@ -37,11 +38,25 @@ def work(connection: socket.socket, functions: Sequence[Callable[..., Any]]) -> 
         if os.getpid() != me:  # the function forked, and its child came back here
             os._exit(0)
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        wire.send(connection, wire.encode([number, answer]))
+            with contextlib.suppress(ValueError, OSError, AttributeError):  # the function may have closed it
+                stream.flush()
+        wire.send(connection, _encoded(number, answer, name))
 
 
-def _answer(function: Callable[..., Any], name: str, arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
+def _encoded(number: int, answer: dict[str, Any], name: str) -> bytes:
+    try:
+        return wire.encode([number, answer])
+    except (TypeError, ValueError, RecursionError) as error:
+        line = f"reward function {name!r} gave log_extra what cannot be written ({error}): give plain values"
+        return wire.encode([number, {"error": line}])
+
+
+def _answer(function: Callable[..., Any], name: str, pickled: bytes, count: int) -> dict[str, Any]:
+    try:
+        arguments = pickle.loads(pickled)
+    except Exception as error:
+        line = f"reward function {name!r}: the arguments cannot be read in another process ({error_line(error)}); keep"
+        return {"error": f"{line} plain values in the dataset's columns, or set reward_workers to 0"}
     try:
         return {"output": asdict(call(function, name, arguments, count))}
     except UserError as error:
