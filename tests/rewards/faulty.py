@@ -23,9 +23,9 @@ def obedient(*, completions: list[str], **columns: Any) -> list[float]:
 
 
 def _hold_memory() -> None:
-    held = []
-    while True:
-        held.append(b"x" * 20_000_000)
+    held = b"x" * 300_000_000
+    time.sleep(3600)
+    del held
 
 
 def _print_without_end() -> None:

@@ -29,9 +29,9 @@ class Watched(TorchSampler):
         self.asked.append("sync")
         self.weights.append(next(self.model.parameters()).flatten()[0].item())
 
-    def sample(self, prompts: Any, num_generations: int, params: Any, *, seeds: Any) -> Any:
+    def sample_one_by_one(self, prompts: Any, num_generations: int, params: Any, *, seeds: Any, drawn: Any) -> None:
         self.asked.append("greedy" if params.temperature == 0 else "draw")
-        return super().sample(prompts, num_generations, params, seeds=seeds)
+        super().sample_one_by_one(prompts, num_generations, params, seeds=seeds, drawn=drawn)
 
 
 @pytest.fixture(autouse=True)
