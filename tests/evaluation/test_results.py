@@ -111,7 +111,9 @@ class TestSuite:
 class TestTables:
     def test_what_is_shown(self) -> None:
         groups = {
-            "a": problems([one(1.0, 10)], [one(None, 20, meta={"reward_failures": {"x": "hang: no answer within 30 s"}})]),
+            "a": problems(
+                [one(1.0, 10)], [one(None, 20, meta={"reward_failures": {"x": "hang: no answer within 30 s"}})]
+            ),
             "b": problems([one(1.0, vote=0), one(0.0, vote=1)], [one(1.0, vote=0), one(0.0, vote=1)]),
         }
         text = results_text(suite_results(SETTINGS, groups))
@@ -121,9 +123,7 @@ class TestTables:
         assert lines[3].split()[:4] == ["a", "2", "1", "50.00"]
         assert " w " in lines[4] and "Wilson" in text
         assert lines[5].split() == ["average", "50.00", "-"]
-        assert (
-            "a: 1 completions have no verdict, and count as not right (the reward function failed: 1 hang)\n" in text
-        )
+        assert "a: 1 completions have no verdict, and count as not right (the reward function failed: 1 hang)\n" in text
         assert [line.split() for line in lines[6:8]] == [
             ["task", "maj@k", "pass@1", "pass@2"],
             ["b", "50.00", "50.00", "100.00"],
