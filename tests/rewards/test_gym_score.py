@@ -3,8 +3,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,6 @@ def entry_of(task: str) -> dict[str, Any]:
 def judged(task: Any, entry: Any, text: Any) -> float | None:
     (score,) = reasoning_gym_score(completions=[text], gym_task=[task], gym_entry=[entry])
     return score
-
-
-@pytest.fixture
-def deadline() -> Iterator[None]:
-    def give_up(*_: Any) -> None:
-        raise BaseExceptionGroup("it does not end", [KeyboardInterrupt()])  # scorers swallow every Exception
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize(

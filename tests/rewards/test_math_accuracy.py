@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import logging
 import random
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,20 +20,6 @@ from rewards.math_cases import CASES, Case
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewards_math, "is_worker", lambda: True)
-
-
-@pytest.fixture
-def deadline() -> Iterator[None]:
-    """Ends what would take many minutes; what is bounded needs a second at most."""
-
-    def give_up(*_: Any) -> None:
-        raise KeyboardInterrupt("not bounded")  # what catches exceptions lets it through
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def verdicts(cases: list[Case]) -> list[float | None]:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -179,20 +177,6 @@ def test_without_texts_or_answers_the_user_is_told(name: str):
 
 
 HUGE = 100_000
-
-
-@pytest.fixture
-def deadline() -> Iterator[None]:
-    """Ends a scan that is quadratic, 10^10 steps, and would take many minutes; a linear one needs milliseconds."""
-
-    def give_up(*_: Any) -> None:
-        raise AssertionError("the scan is not linear")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize(

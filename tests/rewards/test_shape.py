@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -140,20 +138,6 @@ def test_without_texts_the_user_is_told(function: Any):
 
 
 HUGE = 200_000
-
-
-@pytest.fixture
-def deadline() -> Iterator[None]:
-    """Ends a scan that is quadratic, 10^10 steps and more; a linear one needs milliseconds."""
-
-    def give_up(*_: Any) -> None:
-        raise AssertionError("the scan is not linear")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def _imported(nodes: Sequence[ast.AST]) -> set[str]:
 
 
 def _code(text: str) -> str:
-    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    text = text.rpartition("</think>")[2]
     opening = None
     for opening in _OPENING.finditer(text):  # noqa: B007
         pass

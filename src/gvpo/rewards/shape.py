@@ -93,8 +93,7 @@ def boxes(text: str) -> list[str] | None:
 
 def after_thought(text: str) -> str:
     """What follows the last `</think>`; all of the text where there is none, and nothing of a thought without end."""
-    end = text.rfind("</think>")
-    answer = text[end + len("</think>") :] if end >= 0 else text
+    answer = text.rpartition("</think>")[2]
     return "" if "<think>" in answer else answer
 
 

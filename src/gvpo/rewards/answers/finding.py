@@ -75,7 +75,7 @@ def _some(answer: str) -> list[str]:
 
 def _without_frame(text: str) -> tuple[str, bool]:
     """The text after the reasoning, and inside the answer tags; and whether there were such tags."""
-    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    text = text.rpartition("</think>")[2]
     start = text.rfind("<answer>")
     if start < 0:
         return text, False

@@ -234,16 +234,15 @@ class _Caller:
         )
 
     def _alone(self, job: _Job) -> Output:
-        # What an earlier member has left behind in a worker must not cost this one its reward.
-        for attempt in ("in the worker there is", "in a new one"):
-            used = self._worker is not None
-            try:
-                return self._call(job)
-            except Failed as failed:
-                assert failed.failure is not None
-                if not used or attempt == "in a new one":
-                    return Output([None], failures={0: failed.failure})
-        raise AssertionError
+        used = self._worker is not None
+        try:
+            return self._call(job)
+        except Failed as failed:
+            if used:
+                # What an earlier member has left behind must not cost this one its reward: again, in a new worker.
+                return self._alone(job)
+            assert failed.failure is not None
+            return Output([None], failures={0: failed.failure})
 
     def _call(self, job: _Job) -> Output:
         """One call. Raises Failed, with the cause, where the worker had to go."""
