@@ -82,7 +82,7 @@ def test_gradients_are_those_of_rows_apart(way: Way, bf16: bool, limit: float, t
 def test_rows_shorter_than_a_block_of_flex_attention(bf16: bool) -> None:
     model = small_model()
     for length in (20, 35, 60):
-        members = [Completion(token_ids=[5] * length, reward=n, ref_logprob=-9.0 * n) for n in range(2)]
+        members = [Completion(token_ids=[5 + n] * length, reward=n, ref_logprob=-9.0 * n) for n in range(2)]
         groups = [Group(None, members, prompt_ids=[1, 2, 3])]
         ours = gradients(model, groups, way="flex", bf16=bf16)
         assert apart(ours, exact_gradients(model, groups)) < (3e-2 if bf16 else 1e-5)
