@@ -490,7 +490,7 @@ CASES: dict[str, list[Case]] = {
         (r"\boxed{x**2 + 1}", "x^2+1", True, "as in a program"),
         (r"\boxed{４２}", "42", True, "full-width digits"),
         (r"\boxed{x² + 1}", "x^2+1", True, "superscripts"),
-        (r"\boxed{3 × 4}", "12", True, "a times sign"),
+        (r"\boxed{3 × n}", "3n", True, "a times sign"),
         (r"\boxed{(−∞, 2]}", r"(-\infty, 2]", True, "infinity"),
         (r"\boxed{x ≤ 2}", r"(-\infty, 2]", True, "less or equal"),
         (r"\boxed{\bigl(1,2\bigr)}", "(1,2)", True, "sizes"),

@@ -8,10 +8,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from gvpo.errors import UserError
@@ -279,6 +282,37 @@ def test_processes_without_end():
     """
     assert judged(bomb, TESTS, Limits(seconds=8, processes=20)) == 0.0
     assert running(marker) == []
+
+
+def signalled(number: int) -> Any:
+    """The verdict on code that is right, after a signal to its watchers."""
+    code = "import time\ntime.sleep(1)\ndef double(x): return 2 * x"
+    with ThreadPoolExecutor(1) as thread:
+        verdict = thread.submit(judged, code, TESTS)
+        wait_for(lambda: len(ours("asserts.py")) > 0)
+        for watcher in ours("inside.py"):
+            watcher.send_signal(number)
+        return verdict.result()
+
+
+def ours(program: str) -> list[psutil.Process]:
+    """The processes that this one has started, and theirs, that run a program of the sandbox."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            found += [process] if any(part.endswith(f"/{program}") for part in process.cmdline()) else []
+    return found
+
+
+@pytest.mark.usefixtures("either")
+def test_a_scheduler_that_tells_all_processes_to_end_changes_no_verdict():
+    assert signalled(signal.SIGTERM) == 1.0
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_watcher_that_the_system_kills_gives_no_verdict():
+    with pytest.warns(UserWarning, match=r"no verdict where its sandbox failed: its watcher was killed \(SIGKILL\)"):
+        assert signalled(signal.SIGKILL) is None
 
 
 def test_no_process_outlives_the_trainer(mode: str, tmp_path: Path):

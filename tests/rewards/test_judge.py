@@ -252,6 +252,11 @@ def test_the_environment_names_the_judge(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("GVPO_JUDGE_URL", url.removesuffix("/v1/chat/completions"))
         monkeypatch.setenv("GVPO_JUDGE_MODEL", "m")
         monkeypatch.setenv("GVPO_JUDGE_KEY", "k")
+        for name in ("CONCURRENCY", "SECONDS"):
+            monkeypatch.setenv(f"GVPO_JUDGE_{name}", "0")
+            with pytest.raises(UserError, match=f"GVPO_JUDGE_{name} is '0': give a whole number, 1 or more"):
+                score_groups([group], resolve_rewards(judge_accuracy), None)
+            monkeypatch.setenv(f"GVPO_JUDGE_{name}", "9")
         report = score_groups([group, other], resolve_rewards(judge_accuracy), None)
     assert report.rewards == [[1.0, 0.0], [None]]
     assert report.metrics == {"judge_accuracy/no_verdict": 0}
@@ -270,3 +275,10 @@ def test_rows_that_cannot_be_judged():
         judged(judge, None, ["4"])
     with pytest.raises(UserError, match="http://host:port/v1"):
         make_judge("127.0.0.1", "m")
+
+
+def test_a_row_without_a_problem_shows_its_prompt():
+    with judging(lambda prompt: said("Correct")) as (judge, seen):
+        judged(judge, ["4", "5"], ["4", "5"], prompts=["2+2?", "2+3?"], problem=["Two and two?", None])
+    shown = [re.findall(r"<problem>\n(.*)\n</problem>", one["messages"][0]["content"]) for one in seen]
+    assert sorted(shown) == [["2+3?"], ["Two and two?"]]

@@ -304,3 +304,92 @@ def test_other_threads():
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda pair: is_equivalent(*pair), pairs))
     assert logging.getLogger("math_verify").level == logging.NOTSET
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        (r"so it is $\boxed 2$.", "2", True),
+        (r"$3+4=\boxed7$ ways.", "7", True),
+        (r"$\boxed\frac12$", r"\frac{1}{2}", True),
+        (r"$\boxed{\frac12}$, not $\boxed 3$", r"\frac12", False),
+        (r"Put it in \boxed form: \boxed{3}. That is \boxed.", "3", True),
+        (r"\boxed{10^{6000}}", "10^{5000}", False),
+        (r"\boxed{1e-5000}", "1e-6000", False),
+        (r"\boxed{10^{6000}}", "10^{6000}", True),
+        (r"\boxed{10^{3999}}", "1e3999", True),
+        (r"\boxed{T}", "T_0", False),
+        (r"\boxed{P}", "P_{1}", False),
+        (r"\boxed{A}", "A_{11}", False),
+        (r"\boxed{A_{11}}", "A_{11}", True),
+        (r"\boxed{255}", "FF_{16}", False),
+        (r"\boxed{FF_{16}}", "255", True),
+        ("\\boxed{\u20ac5}", r"\$5", False),
+        ("\\boxed{\u20ac5}", "5 euros", True),
+        ("\\boxed{-\u00a35}", "-5", True),
+        (r"\boxed{5^\circ C}", r"5^\circ F", False),
+        (r"\boxed{5^\circ C}", r"5^\circ", True),
+        (r"\boxed{2 million million}", "2000000000000", True),
+    ],
+)
+def test_what_readers_found(completion: str, answer: str, right: bool):
+    assert math_accuracy(completions=[completion], answers=[answer]) == [float(right)]
+
+
+def test_a_number_that_python_would_not_write_out():
+    """26 factors of 10^12 beside 10^3999: more than 4,300 digits."""
+    text = "10^{3999} " + "trillion " * 26
+    assert math_accuracy(completions=[f"$\\boxed{{{text}}}$"] * 2, answers=["5", text]) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True])
+def test_what_is_no_answer(value: object):
+    with pytest.raises(UserError, match=f"column 'answers': '{value}' is no"):
+        math_accuracy(completions=["5"], answers=[value])
+
+
+UNDONE = [
+    # What a policy was seen to say, and what it might say next.
+    ("State the final answer to the following arithmetic problem: 5 - 9 =", "-4", "5 - 9 = 4. \\boxed{5 - 9}", False),
+    ("What is 5 - 9?", "-4", r"\boxed{5 - 9 = -4}", True),
+    ("What is 5 - 9?", "-4", r"\boxed{5 + -9}", False),
+    ("What is 5 - 9?", "-4", r"\boxed{x = 5-9}", False),
+    ("What is 5 - 9?", "-4", r"\boxed{\{5 - 9\}}", False),
+    ("What is 5 - 9?", "-4", r"\boxed{-4}", True),
+    ("", "6", r"\boxed{2 \cdot 3}", False),
+    ("", "6", r"\boxed{(2)\times 3 \text{ apples}}", False),
+    ("", "3", r"\boxed{\frac{2 + 4}{2}}", False),
+    ("", "(3, 4)", r"\boxed{(1 + 2, 4)}", False),
+    # Numbers.
+    ("What is 1 - 1/4?", "0.75", r"\boxed{\frac{6}{8}}", True),
+    ("A coin shows heads with probability 1/2. And tails?", "0.5", r"\boxed{1/2}", True),
+    ("", "2.5", r"\boxed{2\frac{1}{2}}", True),
+    ("", "3 \\times 10^8", r"\boxed{300000000}", True),
+    ("", "300000000", r"\boxed{3 \cdot 10^{8}}", True),
+    ("How many subsets have ten elements?", "1024", r"\boxed{2^{10}}", True),
+    # Operations of the problem.
+    ("Compute $2^{10}$.", "1024", r"\boxed{2^{10}}", False),
+    ("Compute $2^{10}$.", "1024", r"\boxed{2^10}", False),
+    ("Compute $10/2$.", "5", r"\boxed{\frac{10}{2}}", True),
+    ("Compute $10/2$.", "5", r"\boxed{10/2}", False),
+    ("Reduce $\\frac{6}{8}$.", "\\frac{3}{4}", r"\boxed{\frac68}", False),
+    ("Find $\\sin 60^\\circ$.", "\\frac{\\sqrt{3}}{2}", r"\boxed{\sin 60^{\circ}}", False),
+    ("What is $5!$?", "120", r"\boxed{5!}", False),
+    ("Expand $(x+1)^2$.", "x^2+2x+1", r"\boxed{(x + 1)^{2}}", False),
+    ("Expand $(x+1)^2$.", "x^2+2x+1", r"\boxed{1 + 2x + x^2}", True),
+    ("Factor $x^2-1$.", "(x-1)(x+1)", r"\boxed{x^2 - 1}", False),
+    ("Which is larger, $\\sqrt{2}$ or 1?", "\\sqrt{2}", r"\boxed{\sqrt{2}}", True),
+    ("Let $y = x+10$. What is $x+1$ for $x = a$?", "a+1", r"\boxed{a + 1}", True),
+    ("Is $x+10$ or $y$ larger?", "1+x", r"\boxed{x + 1}", True),  # it stands there as a part of something else
+]
+
+
+@pytest.mark.parametrize(("problem", "answer", "completion", "right"), UNDONE)
+def test_an_operation_is_no_answer(problem: str, answer: str, completion: str, right: bool):
+    message = [{"role": "user", "content": f"{problem}\nPut the final answer in \\boxed{{}}."}]
+    for columns in ({"problem": [problem]}, {"prompts": [message]}, {"problem": [None], "prompts": [message]}):
+        assert math_accuracy(completions=[completion], answers=[[answer]], **columns) == [float(right)]
+
+
+def test_without_a_problem_only_arithmetic_is_refused():
+    assert math_accuracy(completions=[r"\boxed{5 - 9}", r"\boxed{2^{10}}"], answers=["-4", "1024"]) == [0.0, 1.0]

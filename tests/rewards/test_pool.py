@@ -145,7 +145,7 @@ class TestFaults:
         with pytest.raises(UserError) as refused:
             score_groups([bad(), bad(), bad()], functions, None)
         assert str(refused.value) == (
-            f"reward function 'obedient' gave no answer for {GIVE_UP} completions in a row, for the last: exit: the "
+            "reward function 'obedient' gave no answer for 24 completions in a row, for the last: exit: the "
             "function called sys.exit(3); fix the function, or raise the limit (reward_timeout, reward_memory)"
         )
         # One prompt, however many completions it has, and answers in between: no reason to stop.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from gvpo.errors import UserError
 from gvpo.rewards import READY, RewardFunction, resolve_rewards
+from gvpo.rewards.limits import Limits
+from gvpo.rewards.workers.pool import PooledFunction
 
 
 @pytest.fixture
@@ -155,3 +158,33 @@ def test_a_current_directory_on_the_path_is_not_put_there_again(folder: Path):
     sys.path.insert(0, "")
     resolve_rewards("os:getcwd")
     assert os.getcwd() not in sys.path
+
+
+def test_a_function_that_has_a_pool_by_name_has_it_as_itself_too():
+    from gvpo.rewards import math_accuracy
+
+    limits = Limits(workers=1)
+    named, itself, bare = (
+        resolve_rewards(*one)[0] for one in (("math_accuracy", limits), (math_accuracy, limits), (math_accuracy,))
+    )
+    assert isinstance(named.function, PooledFunction) and isinstance(itself.function, PooledFunction)
+    assert bare.function is math_accuracy and named.name == itself.name == bare.name == "math_accuracy"
+
+
+@pytest.mark.parametrize("limits", [None, Limits(workers=1)])
+def test_a_package_that_is_missing_is_told_before_anything_is_scored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, limits: Limits | None
+):
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'math_verify' else find(name, *more)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    imports = "from gvpo.rewards import resolve_rewards; from gvpo.rewards.limits import Limits"
+    code = f"{imports}; resolve_rewards('math_accuracy', {limits})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stderr.splitlines()[-1] == (
+        "gvpo.errors.UserError: reward_funcs: 'gvpo.rewards.math:math_accuracy': math_accuracy needs math-verify: "
+        "pip install 'gvpo[math]'"
+    )

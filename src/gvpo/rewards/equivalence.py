@@ -16,7 +16,6 @@ from gvpo.rewards.answers.latex import compact
 from gvpo.rewards.answers.numbers import (
     Number,
     Quantity,
-    base_value,
     choice,
     in_base,
     plain_number,
@@ -189,7 +188,7 @@ def _same_in_base(answer: str, accepted: str) -> bool:
     if asked:
         return compact(answer).lstrip("0") == asked[0]
     number = plain_number(accepted)
-    return given is not None and number is not None and base_value(*given) == number.value
+    return given is not None and number is not None and int(*given) == number.value
 
 
 def _same_quantity(answer: Quantity, accepted: Quantity) -> bool:

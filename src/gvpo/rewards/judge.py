@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from gvpo.errors import UserError
-from gvpo.rewards.ready import Texts, completion_text
+from gvpo.rewards.ready import Texts, completion_text, problem_texts
 from gvpo.server import ServerError, endpoint, post_json
 
 Judge = Callable[..., Awaitable[list[float | None]]]
@@ -116,10 +116,11 @@ async def judge_accuracy(
     """1.0 where a judge finds the completion's final answer equal to one of the row's `answers`, 0.0 where not.
 
     The judge is the model GVPO_JUDGE_MODEL at GVPO_JUDGE_URL (http://host:port/v1, OpenAI-compatible), asked with the
-    key GVPO_JUDGE_KEY if that is set: environment variables. `make_judge` sets these and more in Python.
+    key GVPO_JUDGE_KEY if that is set, GVPO_JUDGE_CONCURRENCY requests at a time (16), for at most GVPO_JUDGE_SECONDS
+    (300) in all a call, which is a rollout: environment variables. `make_judge` sets these and more in Python.
 
     answers: an accepted answer (text or number), or a list of them; None where the row has none: None.
-    problem: the column that holds the problem; without it, the prompt's last message or the prompt itself.
+    problem: the column that holds the problem; where there is none, the prompt's last message or the prompt itself.
     The judge sees the last `TAIL` characters of the completion. An empty completion is wrong without being asked about;
     equal requests are made once. None where the judge's reply is not one of the two words, or the server fails: counted
     in the metric `judge_accuracy/no_verdict`, and warned of once for each cause.
@@ -133,13 +134,21 @@ async def judge_accuracy(
             "reward 'judge_accuracy': set the environment variables GVPO_JUDGE_URL (http://host:port/v1) and "
             "GVPO_JUDGE_MODEL, and GVPO_JUDGE_KEY if the server wants a key"
         )
-    judge = _from_environment(*values)
+    judge = _from_environment(*values, _environment_number("CONCURRENCY", 16), _environment_number("SECONDS", 300))
     return await judge(completions=completions, answers=answers, prompts=prompts, **columns)
 
 
 @functools.lru_cache(maxsize=8)
-def _from_environment(base_url: str, model: str, api_key: str) -> Judge:
-    return make_judge(base_url, model, api_key=api_key or None)
+def _from_environment(base_url: str, model: str, api_key: str, concurrency: int, seconds: int) -> Judge:
+    return make_judge(base_url, model, api_key=api_key or None, concurrency=concurrency, total_seconds=seconds)
+
+
+def _environment_number(name: str, default: int) -> int:
+    name = f"GVPO_JUDGE_{name}"
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"environment variable {name} is {text!r}: give a whole number, 1 or more")
+    return int(text)
 
 
 # Asking
@@ -165,14 +174,15 @@ def _questions(
     """For each member the prompt, or its verdict where nobody need be asked."""
     if completions is None:
         raise UserError("reward 'judge_accuracy' reads texts, and these completions are ids alone: give a tokenizer")
-    sources = problems if problems is not None else prompts if prompts is not None else [""] * len(completions)
     asked: list[str | float | None] = []
-    for completion, accepted, problem in zip(completions, answers, sources, strict=True):
+    for completion, accepted, problem in zip(
+        completions, answers, problem_texts(problems, prompts, len(completions)), strict=True
+    ):
         text, right = completion_text(completion), _accepted(accepted)
         if right is None:
             asked.append(None)
         else:
-            asked.append(judge_prompt(_problem(problem), text, right) if text.strip() else 0.0)
+            asked.append(judge_prompt(problem, text, right) if text.strip() else 0.0)
     return asked
 
 
@@ -184,10 +194,6 @@ def _accepted(answers: Any) -> list[str] | None:
     if not any(texts):
         raise UserError("reward 'judge_accuracy': column 'answers' holds an empty answer: give one, or null for none")
     return texts
-
-
-def _problem(problem: Any) -> str:
-    return completion_text(problem) if isinstance(problem, list) else str(problem or "")
 
 
 async def _in_threads(

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Sequence
+from itertools import product
 from numbers import Number
 from typing import Any
 
 from gvpo.errors import UserError
 from gvpo.rewards.answers.finding import final_answers
 from gvpo.rewards.answers.latex import LONGEST, plain_latex
+from gvpo.rewards.answers.undone import is_undone
 from gvpo.rewards.equivalence import extract_answer, is_equivalent
 from gvpo.rewards.guard import guarded
-from gvpo.rewards.ready import Texts, completion_text
+from gvpo.rewards.ready import Texts, completion_text, problem_texts
 from gvpo.rewards.workers.worker import is_worker
+
+if importlib.util.find_spec("math_verify") is None:
+    raise UserError("math_accuracy needs math-verify: pip install 'gvpo[math]'")
 
 
 def math_accuracy(*, completions: Texts | None, answers: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -20,20 +27,24 @@ def math_accuracy(*, completions: Texts | None, answers: Sequence[Any], **column
 
     answers: for each row a string or number, or a list of them; whole solutions that end in `\boxed{}` or `####` too.
         None: no verdict, another function's task.
+    problem, prompts: columns, where there are any; an operation that stands in the problem is no answer to it
+        (`gvpo.rewards.answers.undone`).
     The final answer is what `gvpo.rewards.answers.finding` says: one counts, the last. What cannot be read, or is too
     large to be evaluated, is right only where it is the accepted answer as text. Computed in processes that are killed
     after 30 s (`gvpo.rewards.guarded`): a member that takes longer gets None, which is logged.
 
-    Raises UserError for an accepted answer that is empty, or no string or number.
+    Raises UserError for an accepted answer that is empty, or no string or finite number; the import does without
+    math-verify.
     """
     if completions is None:
         raise UserError("reward 'math_accuracy' reads texts, and these completions are ids alone: give a tokenizer")
+    texts = [completion_text(completion) for completion in completions]
+    problems = problem_texts(columns.get("problem"), columns.get("prompts"), len(texts))
     if not is_worker():
-        texts = [completion_text(completion) for completion in completions]
-        return guarded("gvpo.rewards.math:math_accuracy")(completions=texts, answers=list(answers))
+        return guarded("gvpo.rewards.math:math_accuracy")(completions=texts, answers=list(answers), problem=problems)
     return [
-        None if row is None else float(_is_right(completion_text(completion), accepted_answers(row)))
-        for completion, row in zip(completions, answers, strict=True)
+        None if row is None else float(_is_right(text, accepted_answers(row), problem))
+        for text, row, problem in zip(texts, answers, problems, strict=True)
     ]
 
 
@@ -47,8 +58,10 @@ def accepted_answers(row: Any) -> list[str]:
 
 
 def _accepted(value: Any) -> str:
-    if not isinstance(value, str | Number):
+    if isinstance(value, bool) or not isinstance(value, str | Number):
         raise _mistake(value, "is no string or number: give text, LaTeX or plain")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _mistake(value, "is no finite number: give a value, or null for a row that has none")
     text = str(value)
     if "\\boxed" in text or "####" in text:
         text = extract_answer(text) or ""
@@ -61,5 +74,6 @@ def _mistake(value: Any, problem: str) -> UserError:
     return UserError(f"reward 'math_accuracy': column 'answers': {str(value)[:80]!r} {problem}")
 
 
-def _is_right(text: str, accepted: Sequence[str]) -> bool:
-    return any(is_equivalent(answer, one) for answer in final_answers(text) for one in accepted)
+def _is_right(text: str, accepted: Sequence[str], problem: str) -> bool:
+    pairs = product(final_answers(text), accepted)
+    return any(is_equivalent(answer, one) and not is_undone(answer, one, problem) for answer, one in pairs)

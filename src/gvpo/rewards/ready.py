@@ -86,6 +86,14 @@ BOUNDED = {
 """Those with limits of their own: they start processes, or wait for a server, and are called where the run is."""
 
 
+def problem_texts(problems: Sequence[Any] | None, prompts: Sequence[Any] | None, count: int) -> list[str]:
+    """What each of `count` members was asked: its column `problem`, where that is null its prompt's last message."""
+    nothing = [None] * count
+    rows = zip(nothing if problems is None else problems, nothing if prompts is None else prompts, strict=True)
+    asked = [prompt if problem is None else problem for problem, prompt in rows]
+    return [completion_text(one) if isinstance(one, list) else str(one or "") for one in asked]
+
+
 def completion_text(completion: str | list[dict[str, Any]]) -> str:
     """The text of a completion: the string itself, or the content of the last message (its text parts, joined)."""
     if isinstance(completion, str):

@@ -40,7 +40,7 @@ def resolve_rewards(
     entries = [spec] if isinstance(spec, str) or callable(spec) else spec
     if not isinstance(entries, Sequence):
         raise UserError(f"reward_funcs is {spec!r}: give a function, 'module:function', or a list of these")
-    entries = [POOLED.get(entry, entry) if isinstance(entry, str) else entry for entry in entries]
+    entries = [_entry(entry) for entry in entries]
     pooled = _pooled([entry for entry in entries if isinstance(entry, str) and ":" in entry], pool)
     functions = [
         entry if not isinstance(entry, str) else pooled[entry] if entry in pooled else _find(entry) for entry in entries
@@ -52,6 +52,14 @@ def resolve_rewards(
                 "called: give a function or 'module:function'"
             )
     return [RewardFunction(*pair) for pair in zip(_unique_names(functions), functions, strict=True)]
+
+
+def _entry(entry: str | Callable[..., Any]) -> str | Callable[..., Any]:
+    """As `module:function` what is meant for a pool, the function itself too."""
+    if isinstance(entry, str):
+        return POOLED.get(entry, entry)
+    named = f"{getattr(entry, '__module__', None)}:{own_name(entry)}"
+    return named if named in POOLED.values() else entry
 
 
 def _pooled(entries: list[str], limits: Limits | None) -> dict[str, Callable[..., Any]]:
@@ -103,6 +111,8 @@ def _import(module_name: str, entry: str) -> ModuleType:
     importlib.invalidate_caches()
     try:
         return importlib.import_module(module_name)
+    except UserError as error:
+        raise UserError(f"reward_funcs: {entry!r}: {error}") from error
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             hint = f"; write {module_name[:-3]!r} without '.py'" if module_name.endswith(".py") else ""

@@ -7,21 +7,17 @@ GSM8K solution (`#### 72`) or, in the column `solution`, a MATH one (`\boxed{72}
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gvpo.errors import FieldError, UserError, located
 from gvpo.groups import DATASET_KEYS
+from gvpo.rewards.answers.finding import read_boxes
 
 PROBLEM_COLUMNS = ("problem", "question")
 ANSWER_COLUMNS = ("answers", "answer", "final_answer", "solution")
 """Where a row's problem and its answers are looked for: the first that is there and not null."""
-
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_BARE = re.compile(r"\\[A-Za-z]+|[^\s$\\]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +78,9 @@ def gsm8k_final(solution: str) -> str | None:
 
 
 def last_boxed(solution: str) -> str | None:
-    r"""What is in the last `\boxed{...}` or `\fbox{...}`, braces may nest, or after `\boxed `; None without one."""
-    boxes = list(_BOX.finditer(solution))
-    if not boxes:
-        return None
-    start = boxes[-1].end()
-    if not solution.startswith("{", start):
-        bare = _BARE.match(solution, start)
-        return bare[0] if bare else None
-    depth = 0
-    for brace in _BRACE.finditer(solution, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # \{ and \} are characters of the answer
-        if depth == 0:
-            return solution[start + 1 : brace.start()].strip()
-    return None
+    r"""What is in the last `\boxed{...}` or `\fbox{...}`, or after `\boxed `, as `math_accuracy` reads it; or None."""
+    boxes, unclosed = read_boxes(solution)
+    return boxes[-1].content.strip() if boxes and unclosed < 0 else None
 
 
 def _present(row: Mapping[Any, Any], names: Sequence[str]) -> str:

@@ -18,7 +18,13 @@ from dataclasses import dataclass
 TAIL = 2_000  # characters that a search without markers looks at
 BOXES = 50  # more of them are no answer to anything
 
-_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX = re.compile(
+    r"""\\{1,2}(?:boxed|fbox)\s*\{
+      | \\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(?P<bare>  # \boxed7, \boxed\frac{1}{2}
+            [-+]?[0-9][^\s$\\{}]* | [-+]?\\[A-Za-z]+(?:\{[^{}]*\}|[^\s$\\{}])* | [A-Za-z](?![A-Za-z]) )
+      | \\. | [{}]""",
+    re.DOTALL | re.VERBOSE,
+)
 _GLUE = re.compile(
     r"""(?: [\s,;$&*] | \\[\\()\[\]] | \\q?quad | \\text\{\s*(?:and|or)\s*\}
           | (?<![A-Za-z])(?:and|or)(?![A-Za-z]) | [A-Za-z](?:_\{?\w\}?)?\s*[=:] )*""",
@@ -56,7 +62,7 @@ def final_answers(text: str) -> list[str]:
     answer that is a list of exactly as many values.
     """
     text, tagged = _without_frame(text)
-    boxes, open_box = _boxes(text)
+    boxes, open_box = read_boxes(text)
     hashes = text.rfind("####")
     if hashes > max(open_box, boxes[-1].end if boxes else -1):
         return _some(text[hashes + len("####") :].strip().partition("\n")[0])
@@ -86,7 +92,7 @@ def _without_frame(text: str) -> tuple[str, bool]:
 # Boxes
 
 
-def _boxes(text: str) -> tuple[list[Box], int]:
+def read_boxes(text: str) -> tuple[list[Box], int]:
     """The closed boxes that are in no other closed box; and where a later box opens that never closes, else -1."""
     if "boxed" not in text and "fbox" not in text:
         return [], -1
@@ -94,7 +100,9 @@ def _boxes(text: str) -> tuple[list[Box], int]:
     opened: list[re.Match[str]] = []
     for match in _BOX.finditer(text):
         token = match[0]
-        if token[-1] == "{" and token != "\\{":
+        if match["bare"]:
+            boxes.append(Box(match.start(), match.end(), match["bare"].rstrip(".,;:")))
+        elif token[-1] == "{" and token != "\\{":
             opened.append(match)
         elif token == "}" and opened:
             opening = opened.pop()

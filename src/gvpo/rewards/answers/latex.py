@@ -59,7 +59,10 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:boxed|fbox)\s*(?=\{)", ""),
         (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|text|pi|left|right|cdot|times)(?![a-z]))", r"\\"),
         (r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
-        (r"\\\$|[\u20ac\u00a3\u00a5]", r"\\text{dollars}"),
+        (r"\\\$", r"\\text{dollars}"),
+        ("\u20ac", r"\\text{euros}"),
+        ("\u00a3", r"\\text{sterling}"),
+        ("\u00a5", r"\\text{yen}"),
         (r"\$|\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),
         (r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}|&(?==)", " "),
         (r"\\(?:displaystyle|textstyle|limits|rm|bf)(?![a-z])", " "),
@@ -125,9 +128,12 @@ def trimmed(text: str) -> str:
 
 def compact(text: str) -> str:
     r"""A form in which two spellings of the same LaTeX are equal: no spaces, no `\text{}`, no needless braces."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=\d) +(?=\d)", "~", text).replace(" ", "")
-    return re.sub(r"(?<=[_^])\{(\w)\}", r"\1", text)
+    return re.sub(r"(?<=\d) +(?=\d)", "~", without_needless_braces(text)).replace(" ", "")
+
+
+def without_needless_braces(text: str) -> str:
+    r"""`x^2` for `x^{2}`, and no `\text{}` around words."""
+    return re.sub(r"(?<=[_^])\{(\w)\}", r"\1", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
 
 
 def _scripts(text: str, characters: dict[str, str], mark: str) -> str:

@@ -12,6 +12,7 @@ from gvpo.rewards.answers.latex import LONGEST
 
 MOST_DIGITS = 4_000  # of a number that is compared as a number; Python refuses to read more than 4,300 at once
 RELATIVE = Fraction(1, 10_000)
+_TOO_LARGE = 10**MOST_DIGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,22 @@ def plain_number(text: str) -> Number | None:
     if _PLAIN.fullmatch(text):
         return Number(_fraction(text), _last_place(text) if "." in text else None)
     if match := _SCIENTIFIC.fullmatch(text):
-        power = Fraction(10) ** _exponent(match[2] or match[3] or match[4])
-        return Number(_fraction(match[1]) * power, _last_place(match[1]) * power)
+        power = _power(match[2] or match[3] or match[4])
+        return Number(_fraction(match[1]) * power, _last_place(match[1]) * power) if power else None
     if match := _ONLY_POWER.fullmatch(text):
-        return Number(Fraction(10) ** _exponent(match[2] or match[3]) * (-1 if match[1] == "-" else 1))
+        power = _power(match[2] or match[3])
+        return Number(-power if match[1] == "-" else power) if power else None
     return _ratio(match) if (match := _RATIO.fullmatch(text)) else None
+
+
+def in_lowest_terms(text: str) -> bool:
+    """Whether it is a plain number, and no fraction that can be reduced: 0.5, 3 or 1/2; not 2/4 or 6/1."""
+    match = _RATIO.fullmatch(text.strip())
+    if match is None or plain_number(text) is None:
+        return match is None and plain_number(text) is not None
+    top, bottom = map(_fraction, match.groups()[2:4] if match[4] else match.groups()[6:8])
+    whole = top.denominator == bottom.denominator == 1 < abs(bottom)
+    return whole and math.gcd(top.numerator, bottom.numerator) == 1
 
 
 def same_number(answer: Fraction, accepted: Number) -> bool:
@@ -80,8 +92,10 @@ def _last_place(text: str) -> Fraction:
     return Fraction(1, 10 ** len(text.partition(".")[2]))
 
 
-def _exponent(text: str) -> int:
-    return max(-MOST_DIGITS, min(MOST_DIGITS, int("".join(text.split()))))
+def _power(exponent: str) -> Fraction | None:
+    """That power of ten; None where it has more than MOST_DIGITS digits."""
+    number = int("".join(exponent.split()))
+    return Fraction(10) ** number if abs(number) < MOST_DIGITS else None
 
 
 def _ratio(match: re.Match[str]) -> Number | None:
@@ -101,7 +115,7 @@ _UNIT_NAMES = """
     lb pound; oz ounce; ton tonne; ms; s sec second; min minute; h hr hour; day; week; month; yr year; mol mole; unit;
     L l liter litre; mL ml milliliter millilitre; gallon gal; dollar usd; cent; degree deg; radian rad; celsius; mph;
     fahrenheit; K kelvin; Hz hertz; kHz; MHz; GHz; J joule; kJ; W watt; kW; N newton; V volt; eV; keV; MeV; Pa; kPa;
-    MPa; GPa; atm; erg; dyne; cal; kcal; kmh kph; person people
+    MPa; GPa; euro; sterling; yen; atm; erg; dyne; cal; kcal; kmh kph; person people
 """
 _UNITS = {name: line.split()[0] for line in _UNIT_NAMES.split(";") for name in line.split()}
 _SIZES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -112,7 +126,7 @@ _OTHER_NUMBERS = """
 _NO_UNITS = frozenset(_OTHER_NUMBERS.split())
 _MORE_THAN_UNITS = re.compile(rf"\\text\{{([^{{}}]*\b(?:{'|'.join([*_SIZES, *_OTHER_NUMBERS.split()])})\b[^{{}}]*)\}}")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_CURRENCY = re.compile(r"-?\s*\\text\{dollars\}")
+_CURRENCY = re.compile(r"(-?\s*)\\text\{(dollar|euro|sterling|yen)s?\}")
 _END_MARK = re.compile(
     r"(?P<text>\\text\{[^{}]*\})(?:\s*\^\s*(?:\{[^{}]*\}|[-+]?\d))?$"
     r"|(?P<degree>\^\s*\\circ\s*(?:[CF]|\\text\{\s*[CF]\s*\})?)$|(?P<prime>(?<=\d)\s*\^?'{1,2})$|(?P<percent>%)$"
@@ -131,29 +145,36 @@ def quantity(text: str, *, of_answer: bool) -> Quantity:
     units: set[str] = set()
     percent = False
     text = _MORE_THAN_UNITS.sub(r" \1", text).strip()
-    if _CURRENCY.match(text):
-        text = text.replace(r"\text{dollars}", "", 1).strip()
-        units.add("dollar")
+    if match := _CURRENCY.match(text):
+        text = (match[1] + text[match.end() :]).strip()
+        units.add(match[2])
     for _ in range(6):
         match = _END_MARK.search(text)
         core = text[: match.start()].rstrip(" /\\,") if match else ""
         if match is None or not core or (match["degree"] and _TRIGONOMETRIC.search(core)):
             break
-        units |= {"degree"} if match["degree"] else _known(match["text"] or "")
+        units |= _degrees(match["degree"]) if match["degree"] else _known(match["text"] or "")
         percent = percent or match["percent"] is not None
         text = core
     if (match := _WORDS.fullmatch(text)) and (number := plain_number(match["core"])):
         words = re.findall("[A-Za-z\u00b5]+", match["words"])
         if all(_is_unit(word, of_answer and match["gap"] != "") for word in words):
             sizes = [_SIZES[word] for word in words if word in _SIZES]
-            core = str(number.value * math.prod(sizes)) if sizes else match["core"]
-            return Quantity(core, frozenset(units | _known(match["words"])), percent)
+            value = number.value * math.prod(sizes)
+            if not sizes or max(abs(value.numerator), value.denominator) < _TOO_LARGE:
+                core = str(value) if sizes else match["core"]
+                return Quantity(core, frozenset(units | _known(match["words"])), percent)
     return Quantity(text, frozenset(units), percent)
 
 
 def units_differ(first: Quantity, second: Quantity) -> bool:
     """Whether both have units that are known, and neither has all of the other's. Nothing is converted."""
     return not (first.units <= second.units or second.units <= first.units)
+
+
+def _degrees(mark: str) -> set[str]:
+    scale = next((name for letter, name in (("C", "celsius"), ("F", "fahrenheit")) if letter in mark), None)
+    return {"degree", scale} if scale else {"degree"}
 
 
 def _known(words: str) -> set[str]:
@@ -187,14 +208,9 @@ def without_label(text: str) -> tuple[str | None, str]:
 
 
 def in_base(text: str) -> tuple[str, int] | None:
-    """The digits and the base of 2516_8."""
+    """The digits and the base of 2516_8; None where they are none, and for a letter with an index, T_0 or A_{11}."""
     match = _BASE.fullmatch(text.replace(" ", ""))
-    return (match[1].lstrip("0") or "0", int(match[2] or match[3])) if match else None
-
-
-def base_value(digits: str, base: int) -> Fraction | None:
-    """The number that is meant; None where a digit is no digit of that base."""
-    try:
-        return Fraction(int(digits, base))
-    except ValueError:
+    if match is None or (match[1].isalpha() and len(match[1]) == 1):
         return None
+    digits, base = match[1].lstrip("0") or "0", int(match[2] or match[3])
+    return (digits, base) if 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits) else None

@@ -105,12 +105,14 @@ def _inside(job: dict[str, Any], limits: Limits) -> list[dict[str, Any]]:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+    if process.returncode < 0 and not job["namespaces"]:
+        return [asdict(Run("killed", None, ""))]  # the code can have done it
     return _report(process.returncode, out, err.decode(errors="replace").strip())
 
 
 def _report(status: int, out: bytes, err: str) -> list[dict[str, Any]]:
-    if status < 0:  # nobody but the kernel, short of memory, or the code itself sends it a signal
-        return [asdict(Run("killed", None, ""))]
+    if status < 0:
+        raise SandboxFailure(f"its watcher was killed ({signal.Signals(-status).name}); is memory short?")
     if status == REFUSED:
         raise UserError(
             f"code_accuracy: this machine does not let it cut the code off from the network ({err}): allow user "

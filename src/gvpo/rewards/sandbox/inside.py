@@ -33,6 +33,8 @@ _ASSERTS = str(Path(__file__).with_name("asserts.py"))
 
 
 def main() -> None:
+    # Schedulers tell every process of a job to end; this one ends with the trainer, which may have to save first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = json.load(sys.stdin)
     _die_with(job["parent"])
     _checked(_libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0))
@@ -114,6 +116,7 @@ def _wait(process: subprocess.Popen[bytes], deadline: float, processes: int) -> 
 
 def _limit(limits: dict[str, Any], namespaces: bool) -> None:
     _die_with(None)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     bounds = {
         resource.RLIMIT_CPU: limits["cpu_seconds"],
         resource.RLIMIT_AS: limits["memory_mb"] << 20,

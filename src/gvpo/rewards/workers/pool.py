@@ -225,11 +225,12 @@ class _Caller:
         """Give up where nothing gets an answer any more. Raises UserError."""
         failing = self._running.failing
         failing[job.name] = failing[job.name] + [job.count] if len(failures) == job.count else []
-        if len(failing[job.name]) < FEWEST_CALLS or sum(failing[job.name]) < GIVE_UP:
+        count = sum(failing[job.name])
+        if len(failing[job.name]) < FEWEST_CALLS or count < GIVE_UP:
             return
         failing[job.name] = []
         raise UserError(
-            f"reward function {job.name!r} gave no answer for {GIVE_UP} completions in a row, for the last: "
+            f"reward function {job.name!r} gave no answer for {count} completions in a row, for the last: "
             f"{failures[-1]}; fix the function, or raise the limit (reward_timeout, reward_memory)"
         )
 
