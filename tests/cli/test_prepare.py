@@ -128,6 +128,10 @@ def test_a_suite_is_all_its_tasks(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--out", "dir.jsonl"], "--out dir.jsonl: is a folder; name a file in it"),
         (["--out", "out.jsonl", "--template", "qwen"], "template 'qwen': no such template"),
         (["--out", "out.jsonl", "--drop_overlap"], "--drop_overlap leaves rows out of --out: give --out, and"),
+        (
+            ["--out", "out.jsonl", "--check_against", "test.jsonl", "--min_share", "0.5"],
+            "--min_share says what --drop_overlap leaves out: give that too",
+        ),
         (["--out", "out.jsonl", "--report", "r.json"], "--report writes what is shared: give --check_against too"),
         (
             ["--report", "r.txt", "--check_against", "test.jsonl"],

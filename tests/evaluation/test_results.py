@@ -56,7 +56,7 @@ class TestTask:
         assert found["maj@k"] == 0.5
         # pass@2 = 1 - C(4 - c, 2) / C(4, 2): 1 - 1/6 for c = 2, 1 - 3/6 for c = 1.
         assert found["pass@"] == {"1": pytest.approx(4 / 12), "2": pytest.approx((5 / 6 + 1 / 2 + 1 / 2) / 3), "4": 1.0}
-        assert (found["unscored"], found["right"]) == (1, 4)
+        assert (found["unscored"], found["right"], found["uncompared"]) == (1, 4, 0)
 
     @pytest.mark.parametrize("reward", [0.0, 1.0])
     def test_all_alike_have_wilsons_interval(self, reward: float) -> None:
@@ -143,6 +143,15 @@ class TestTables:
             "[bold]x[/bold]  1",
             ":smile:         2",
         ]
+
+    def test_no_column_is_cut(self) -> None:
+        name = "a-task-with-a-name-as-long-as-that-of-a-file-may-be" * 3
+        groups = {name: problems([one(1.0, 10), one(0.5, 10)])}
+        groups[name][0].completions[0].meta["uncompared"] = 3
+        text = results_text(suite_results({"seed": 0, "tasks": {name: {"reward": "x"}}}, groups))
+        row = next(line for line in text.splitlines() if line.startswith(name))
+        assert row.split()[1:4] == ["1", "2", "50.00"] and row.endswith("0.750")
+        assert text.endswith(f"{name}: 3 comparisons of answers failed, which count as different in maj@k\n")
 
     @pytest.mark.parametrize(
         ("p", "text"), [(1.0, "1.000"), (0.03125, "0.031"), (0.00012345, "1.2e-04"), (0.0, "< 1e-300")]

@@ -31,7 +31,7 @@ class Echo:
 
 
 def evaluate(path: Path, echo: Echo, *, seed: int = 0, batch: int = 3, stop_at: int = 99) -> bool:
-    drawer = Drawer(echo, None, resolve_rewards("exact_match"), lambda asked: [], 1, seed)
+    drawer = Drawer(echo, None, resolve_rewards("exact_match"), ("answer",), lambda asked: [], 1, seed)
     return evaluate_task(ROWS, path, drawer, batch, lambda there: there < stop_at)
 
 

@@ -62,8 +62,9 @@ def test_rows_have_an_answer_for_every_reward() -> None:
 
 
 def test_settings_tell_other_problems_and_answers() -> None:
-    def digest(text: str, answer: str) -> str:
-        return EvalTask("t", [Problem(text, [answer], "t/0", "w")], 1, SamplingParams(9), "r").settings()["digest"]
+    def digest(text: str, answer: str, **columns: str) -> str:
+        problem = Problem(text, [answer], "t/0", "w", columns)
+        return EvalTask("t", [problem], 1, SamplingParams(9), "r").settings()["digest"]
 
-    assert len({digest("p", "1"), digest("q", "1"), digest("p", "2")}) == 3
+    assert len({digest("p", "1"), digest("q", "1"), digest("p", "2"), digest("p", "1", tests="assert x")}) == 4
     assert digest("p", "1") == digest("p", "1")

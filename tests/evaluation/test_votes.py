@@ -18,7 +18,7 @@ class Judge:
     def __init__(self) -> None:
         self.calls: list[list[tuple[str, list[str]]]] = []
 
-    def __call__(self, asked: Sequence[tuple[str, list[str]]]) -> list[list[bool]]:
+    def __call__(self, asked: Sequence[tuple[str, list[str]]]) -> list[list[bool | None]]:
         self.calls.append(list(asked))
         return [[any({first, one} <= same for same in SAME) for one in others] for first, others in asked]
 
@@ -26,7 +26,8 @@ class Judge:
 def votes(answers: list[str | None], right: str | None = None) -> tuple[list[int | None], Judge]:
     judge = Judge()
     flags = [mark == "r" for mark in right or "w" * len(answers)]
-    (numbered,) = number_votes([answers], [flags], judge)
+    (numbered,), (failed,) = number_votes([answers], [flags], judge)
+    assert failed == 0
     return numbered, judge
 
 
@@ -56,16 +57,24 @@ def test_an_answer_of_both_kinds_is_compared_with_both() -> None:
 def test_problems_are_compared_together_and_apart() -> None:
     judge = Judge()
     answers = [["0.5", "1/2"], ["1/2", "x+1", "y"], [None, None], []]
-    assert number_votes(answers, [[False] * len(one) for one in answers], judge) == [
-        [0, 0],
-        [0, 1, 2],
-        [None, None],
-        [],
-    ]
+    votes = [[0, 0], [0, 1, 2], [None, None], []]
+    assert number_votes(answers, [[False] * len(one) for one in answers], judge) == (votes, [0] * 4)
     assert judge.calls == [
         [("0.5", ["1/2"]), ("1/2", ["x+1", "y"])],
         [("x+1", ["y"])],
     ]
+
+
+def test_comparisons_that_fail_are_differences_and_counted() -> None:
+    def judge(asked: Sequence[tuple[str, list[str]]]) -> list[list[bool | None]]:
+        known = Judge()(asked)
+        return [
+            [None if "slow" in {first, other} else same for other, same in zip(others, found, strict=True)]
+            for (first, others), found in zip(asked, known, strict=True)
+        ]
+
+    answers = [["slow", "x+1", "y"], ["1/2", "0.5", "slow"]]
+    assert number_votes(answers, [[False] * 3] * 2, judge) == ([[0, 1, 2], [0, 0, 1]], [2, 1])
 
 
 @pytest.mark.parametrize("count", [1, 40])
@@ -80,7 +89,7 @@ class TestInWorkers:
         asked = [("1/2", ["0.5", "2", "\\frac{2}{4}"]), ("x+1", ["1+x"])]
         assert EqualInWorkers()(asked) == [[True, False, True], [True]]
 
-    def test_comparisons_that_fail_are_differences_however_many(
+    def test_comparisons_that_fail_are_told_of_however_many(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "algebra.py").write_text(
@@ -92,4 +101,6 @@ class TestInWorkers:
         monkeypatch.chdir(tmp_path)
         equal = EqualInWorkers("algebra:same")
         many = [str(n) for n in range(45)]
-        assert equal([("bad", many), ("7", many)]) == [[False] * 45, [one == "7" for one in many]]
+        for _ in range(3):
+            assert equal([("bad", many[:8]), ("7", many)]) == [[None] * 8, [one == "7" for one in many]]
+        assert equal([("bad", many)]) == [[None] * 45]

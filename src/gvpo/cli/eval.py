@@ -163,12 +163,11 @@ def eval(
         origin = server_origin(server, model)
     else:
         origin = local_origin(model or MODEL, rollout_dtype=rollout_dtype or "auto", use_vllm=use_vllm)
-    limits = checked_config(
-        reward_workers=reward_workers, reward_timeout=reward_timeout, reward_memory=reward_memory
-    ).reward_limits
+    bounds = {"reward_timeout": reward_timeout, "reward_memory": reward_memory}
+    limits = checked_config(reward_workers=reward_workers, **bounds).reward_limits
     functions = {name: reward_functions([name], limits) for name in dict.fromkeys(one.reward for one in tasks)}
     _check_columns(tasks, functions, template)
-    settings: dict[str, Any] = {**origin.settings, **sampling, "seed": SEED if seed is None else seed}
+    settings: dict[str, Any] = {**origin.settings, **sampling, "seed": SEED if seed is None else seed, **bounds}
     settings["tasks"] = {one.name: one.settings(drawn=completions is None) for one in tasks}
     if template is not None:
         settings["template"] = template
@@ -218,6 +217,7 @@ def _draw(job: _Job, opened: Opened, seed: int) -> int:
     """Draw and score what is missing; 0, or the exit code of who was stopped."""
     from gvpo.evaluation.run import Drawer, evaluate_task
     from gvpo.evaluation.votes import EqualInWorkers
+    from gvpo.sources.dataset import column_names
 
     equal = EqualInWorkers()
     total, before, there = sum(len(one.problems) for one in job.tasks), 0, 0
@@ -230,10 +230,11 @@ def _draw(job: _Job, opened: Opened, seed: int) -> int:
                 show(there, task.name)
                 return stop.code is None
 
-            functions, k = job.functions[one.reward], one.num_samples
-            drawer = Drawer(opened.source(one.params), opened.tokenizer, functions, equal, k, seed)
+            rows, functions, k = one.rows(opened.template), job.functions[one.reward], one.num_samples
+            source, columns = opened.source(one.params), column_names(rows)
+            drawer = Drawer(source, opened.tokenizer, functions, columns, equal, k, seed)
             try:
-                done = evaluate_task(one.rows(opened.template), _file(job, one), drawer, job.batch, go_on)
+                done = evaluate_task(rows, _file(job, one), drawer, job.batch, go_on)
             except UserError as error:
                 kept = f"{there} of {total} problems are in {job.folder}, the same command goes on from there"
                 raise UserError(f"{error}; {kept}") from error

@@ -96,7 +96,7 @@ def prepare(
     from gvpo.tasks.templates import find_template, prompt_rows
 
     find_template(template)
-    _check_options(out, check_against, drop_overlap, report)
+    _check_options(out, check_against, drop_overlap, min_share, report)
     for place, name in enumerate(task):
         if file_name(name) in map(file_name, task[:place]):
             raise UserError(f"--task {name}: another task is called {file_name(name)!r} too; give each one once")
@@ -118,12 +118,14 @@ def prepare(
 
 
 def _check_options(
-    out: str | None, check_against: Sequence[str] | None, drop_overlap: bool, report: str | None
+    out: str | None, check_against: Sequence[str] | None, drop_overlap: bool, min_share: float, report: str | None
 ) -> None:
     if out is None and not check_against:
         raise UserError("nothing to do: give --out FILE.jsonl, or --check_against a suite, or both")
     if drop_overlap and not (check_against and out):
         raise UserError("--drop_overlap leaves rows out of --out: give --out, and --check_against what not to share")
+    if min_share and not drop_overlap:
+        raise UserError("--min_share says what --drop_overlap leaves out: give that too")
     if report is not None and not check_against:
         raise UserError("--report writes what is shared: give --check_against too")
     if out is not None and Path(out).suffix.lower() != ".jsonl":

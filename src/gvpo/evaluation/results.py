@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gvpo.evaluation import estimators
-from gvpo.evaluation.run import is_right
+from gvpo.evaluation.run import UNCOMPARED, is_right
 from gvpo.groups import Completion, Group
 from gvpo.rewards.fill import failures_by_cause
 
@@ -40,6 +40,7 @@ def task_results(groups: Sequence[Group], seed: Sequence[int]) -> dict[str, Any]
 
     Shares are in [0, 1]; lengths in tokens, None where there is nothing to measure. mean_reward: of those with a
     verdict; None where all are 0 or 1, and it says nothing more. failures: of the reward function, by cause.
+    uncompared: comparisons of answers that failed, for maj@k.
     """
     k = groups[0].k
     completions = [one for group in groups for one in group.completions]
@@ -61,6 +62,7 @@ def task_results(groups: Sequence[Group], seed: Sequence[int]) -> dict[str, Any]
     }
     if k > 1:
         results["maj@k"] = fmean(float(_majority(group)) for group in groups)
+        results["uncompared"] = sum(group.completions[0].meta.get(UNCOMPARED, 0) for group in groups)
         results["pass@"] = {str(j): estimators.mean_pass_at(j, right_P, k) for j in estimators.doublings(k)}
     return results
 

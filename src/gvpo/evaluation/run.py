@@ -7,7 +7,7 @@ drawn again whole, and what is missing of it is written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,22 @@ from gvpo.sources.dataset import Row
 from gvpo.sources.policy import draw_seed
 from gvpo.sources.source import Source
 
+UNCOMPARED = "uncompared"
+"""In the meta of a problem's first completion: how many comparisons of its answers, for the votes, failed."""
+
 
 @dataclass(frozen=True)
 class Drawer:
     """What draws and scores a task's completions.
 
-    tokenizer: None where completions come as texts. equal: tells which answers are the same, for the votes.
+    tokenizer: None where completions come as texts. columns: what rows of the task may have. equal: tells which answers
+    are the same, for the votes.
     """
 
     source: Source
     tokenizer: Any | None
     functions: Sequence[RewardFunction]
+    columns: Collection[str]
     equal: Equal
     num_samples: int
     seed: int
@@ -45,7 +50,7 @@ class Drawer:
         groups = [row.group(drawn) for row, drawn in zip(rows, members, strict=True)]
         if self.tokenizer is not None:
             groups = [completed(group, self.tokenizer) for group in groups]
-        fill_rewards(groups, self.functions, None)
+        fill_rewards(groups, self.functions, None, columns=self.columns)
         _note_answers(groups, self.equal)
         return groups
 
@@ -102,9 +107,11 @@ def _note_answers(groups: Sequence[Group], equal: Equal) -> None:
     several = [group for group in groups if group.k > 1]
     answers = [[one.meta["answer"] for one in group.completions] for group in several]
     right = [[is_right(one) for one in group.completions] for group in several]
-    for group, votes in zip(several, number_votes(answers, right, equal), strict=True):
+    for group, votes, failed in zip(several, *number_votes(answers, right, equal), strict=True):
         for one, vote in zip(group.completions, votes, strict=True):
             one.meta["vote"] = vote
+        if failed:
+            group.completions[0].meta[UNCOMPARED] = failed
 
 
 def _cut_torn_line(path: Path) -> int:

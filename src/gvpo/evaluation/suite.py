@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo.errors import UserError, located, nearest
+from gvpo.evaluation.run import UNCOMPARED
 from gvpo.group_files import numbered_rows
 from gvpo.groups import Completion, Group, group_from_dict
 from gvpo.rewards.fill import FAILURES
@@ -43,7 +44,7 @@ class EvalTask:
 
     def settings(self, *, drawn: bool = True) -> dict[str, Any]:
         """What tells this evaluation of the task from another one; drawn: whether completions are."""
-        asked = [[problem.id, problem.text, problem.answers] for problem in self.problems]
+        asked = [[one.id, one.text, one.answers, one.columns] for one in self.problems]
         how = {"temperature": self.params.temperature, "top_p": self.params.top_p} if drawn else {}
         return {
             "problems": len(asked),
@@ -183,7 +184,7 @@ def _given(where: str, row: Any) -> list[Completion]:
         if not isinstance(row, Mapping) or row.get("completions") is None:
             raise UserError("no completions; give 'completions', a list of texts, or one text as 'completion'")
         group: Group = group_from_dict({"prompt": "", "completions": row["completions"]})
-    scored = ("answer", "vote", "rewards", "extra", FAILURES)  # of an earlier scoring
+    scored = ("answer", "vote", UNCOMPARED, "rewards", "extra", FAILURES)  # of an earlier scoring
     return [
         replace(one, reward=None, meta={name: value for name, value in one.meta.items() if name not in scored})
         for one in group.completions

@@ -9,10 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 120
 NONE = "-"
-
-_RESULTS_NOTE = "Shares in percent; tokens: the mean length, that of the right ones, that of the wrong ones.\n"
+_WIDEST = 10_000  # a name of any length, and every number whole
 
 _COMPARISON_NOTES = """\
 A - B and its interval: points of pass@1. won, lost: problems of which A has more, or fewer, right. p: two-sided, exact;
@@ -56,6 +54,7 @@ def results_text(results: Mapping[str, Any]) -> str:
             "w: Wilson's interval; all problems of the task have the same share, which bootstraps to a point.\n"
         )
     parts += [_unscored_line(name, task) for name, task in tasks.items() if task["unscored"]]
+    parts += [_uncompared_line(name, task) for name, task in tasks.items() if task.get("uncompared")]
     return "".join(parts)
 
 
@@ -95,7 +94,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         made.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         made.add_row(*map(str, row), *[""] * (len(head) - len(row)))
-    console = Console(file=io.StringIO(), width=WIDTH, markup=False, highlight=False, emoji=False, color_system=None)
+    console = Console(file=io.StringIO(), width=_WIDEST, markup=False, highlight=False, emoji=False, color_system=None)
     console.print(made)
     lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
     return "\n".join(line.rstrip() for line in lines) + "\n"
@@ -120,6 +119,10 @@ def _unscored_line(name: str, task: Mapping[str, Any]) -> str:
     causes = ", ".join(f"{count} {cause}" for cause, count in task["failures"].items())
     told = f" (the reward function failed: {causes})" if causes else ""
     return f"{name}: {task['unscored']} completions have no verdict, and count as not right{told}\n"
+
+
+def _uncompared_line(name: str, task: Mapping[str, Any]) -> str:
+    return f"{name}: {task['uncompared']} comparisons of answers failed, which count as different in maj@k\n"
 
 
 def _settings_line(settings: Mapping[str, Any]) -> str:

@@ -2,7 +2,8 @@ r"""Which completions of a problem give the same answer: what a majority vote co
 
 Answers are compared as text first, runs of white space as one, integers by value. What is left is compared as
 mathematics, by `gvpo.rewards.equivalence.is_equivalent`, in processes that can be killed: a model's answer may be an
-expression that no algebra system comes to an end with. Such a pair is not known to be equal, and counts as different.
+expression that no algebra system comes to an end with. Such a pair is not known to be equal, and counts as different;
+it is told of.
 """
 
 from __future__ import annotations
@@ -15,65 +16,72 @@ from typing import Any
 
 from gvpo.rewards.limits import Limits
 from gvpo.rewards.outputs import Output
-from gvpo.rewards.workers.pool import GIVE_UP, PooledFunction, RewardPool
+from gvpo.rewards.workers.pool import PooledFunction, RewardPool
 
-Equal = Callable[[Sequence[tuple[str, list[str]]]], list[list[bool]]]
-"""For each of some answers, and others that it is compared with, which of these are the same."""
+Equal = Callable[[Sequence[tuple[str, list[str]]]], list[list[bool | None]]]
+"""For each of some answers, and others that it is compared with, which of these are the same; None = not known."""
 
 SECONDS = 10.0
+_TOGETHER = 16
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,30}")
 
 
 def number_votes(
     answers: Sequence[Sequence[str | None]], right: Sequence[Sequence[bool]], equal: Equal
-) -> list[list[int | None]]:
+) -> tuple[list[list[int | None]], list[int]]:
     """For each problem and completion the number of its answer, from 0 as they come; None where it has none.
+
+    And for each problem how many comparisons failed.
 
     right: one that is right and one that is not are never the same, and not compared. An answer belongs to the first
     one that it equals. All problems are compared together, one answer of each against what is left of them a round.
     """
     left = [_texts(*problem) for problem in zip(answers, right, strict=True)]
     numbers: list[dict[str, int]] = [{} for _ in left]
+    failed = [0 for _ in left]
     while any(left):
         rounds = [(p, *_next_round(texts)) for p, texts in enumerate(left) if texts]
         asked = [(p, first, others) for p, first, others in rounds if others]
         found = equal([(first, others) for _, first, others in asked]) if asked else []
         same = {p: list(itertools.compress(others, which)) for (p, _, others), which in zip(asked, found, strict=True)}
+        for (p, _, _), which in zip(asked, found, strict=True):
+            failed[p] += which.count(None)
         for p, first, _ in rounds:
             number = len(set(numbers[p].values()))
             for text in [first, *same.get(p, [])]:
                 numbers[p][text] = number
                 del left[p][text]
-    return [
+    votes = [
         [None if answer is None else known[_text(answer)] for answer in problem]
         for problem, known in zip(answers, numbers, strict=True)
     ]
+    return votes, failed
 
 
 class EqualInWorkers:
     """`Equal` by a reward function with the column `other`, in killable processes, which start when it is first asked.
 
-    entry: the function, `module:function`; 1.0 = the same. One that fails says that two answers are different.
+    entry: the function, `module:function`; 1.0 = the same. None for a comparison that fails.
     """
 
     def __init__(self, entry: str = f"{__name__}:same_answer", seconds: float = SECONDS) -> None:
         self._entry, self._seconds = entry, seconds
         self._pool: RewardPool | None = None
-
-    def __call__(self, asked: Sequence[tuple[str, list[str]]]) -> list[list[bool]]:
-        """See `Equal`."""
-        started = [self._start(f"same_answer {n}", first, others) for n, (first, others) in enumerate(asked)]
-        return [[value == 1.0 for part in parts for value in part.result().values] for parts in started]
-
-    def _start(self, name: str, first: str, others: list[str]) -> list[Future[Output]]:
         # A pool gives up on a name under which too many in a row fail, and one answer may hang against all others.
-        size = GIVE_UP - 1
-        parts = [others[at : at + size] for at in range(0, len(others), size)]
-        arguments = [{"completions": part, "other": [first] * len(part)} for part in parts]
+        self._names = (f"same_answer {number}" for number in itertools.count())
+
+    def __call__(self, asked: Sequence[tuple[str, list[str]]]) -> list[list[bool | None]]:
+        """See `Equal`."""
+        started = [self._start(first, others) for first, others in asked]
+        values = [[value for part in parts for value in part.result().values] for parts in started]
+        return [[None if value is None else value == 1.0 for value in problem] for problem in values]
+
+    def _start(self, first: str, others: list[str]) -> list[Future[Output]]:
+        parts = [others[at : at + _TOGETHER] for at in range(0, len(others), _TOGETHER)]
         return [
-            self._function.submit(f"{name}.{m}", given, len(part))
-            for m, (part, given) in enumerate(zip(parts, arguments, strict=True))
+            self._function.submit(next(self._names), {"completions": part, "other": [first] * len(part)}, len(part))
+            for part in parts
         ]
 
     @property

@@ -81,20 +81,20 @@ def task_files(name: str, data_dir: str | Path | None) -> list[Path]:
 def _known(name: str, data_dir: str | Path | None, limit: int | None) -> list[Problem]:
     task = TASKS[name]
     if data_dir is None:
-        source, problems = task.hub, _from_hub(name, task, limit)
+        source, problems = task.hub, _from_hub(name, task)
     else:
         paths = task_files(name, data_dir)
         path = next((path for path in paths if path.exists()), paths[0])
-        source, problems = str(path), _from_file(name, path, limit)
-    if len(problems) != min(task.size, limit or task.size):
+        source, problems = str(path), _from_file(name, path)
+    if len(problems) != task.size:
         raise UserError(
             f"{source}: {len(problems)} problems, and {name} has {task.size}, so this is another set; give the right "
             "one, or a file as the task's name for a set of your own"
         )
-    return problems
+    return problems[:limit]
 
 
-def _from_file(name: str, path: Path, limit: int | None) -> list[Problem]:
+def _from_file(name: str, path: Path, limit: int | None = None) -> list[Problem]:
     rows = itertools.islice(numbered_rows(path), limit)
     problems = [read_problem(row, where, f"{name}/{i}") for i, (where, row) in enumerate(rows)]
     if not problems:
@@ -102,11 +102,10 @@ def _from_file(name: str, path: Path, limit: int | None) -> list[Problem]:
     return problems
 
 
-def _from_hub(name: str, task: Task, limit: int | None) -> list[Problem]:
-    rows = itertools.islice(_hub_rows(name, task), limit)
+def _from_hub(name: str, task: Task) -> list[Problem]:
     return [
         read_problem(row, f"{task.hub}:{task.split}, row {i + 1}", f"{name}/{i}", (task.problem,), (task.answer,))
-        for i, row in enumerate(rows)
+        for i, row in enumerate(_hub_rows(name, task))
     ]
 
 
