@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from gvpo.rewards import math_accuracy
 from gvpo.rewards.ready import BOUNDED, POOLED, READY
 from gvpo.training.config import RunConfig, load_config
 
@@ -61,8 +62,33 @@ class TestSmallProblems:
         ],
     )
     def test_answers_by_hand(self, problems: ModuleType, kind: str, numbers: tuple[int, int, int], answer: int) -> None:
-        text, found = getattr(problems, kind)("Ana", "pens", *numbers)
-        assert found == answer and "Ana" in text
+        row = problems.row(*getattr(problems, kind)("Ana", "pens", *numbers))
+        assert row["answers"] == [str(answer)] and "Ana" in row["problem"]
+        assert row["solution"].endswith(f"= {answer}. \\boxed{{{answer}}}")
+
+    def test_steps_by_hand(self, problems: ModuleType) -> None:
+        assert problems.steps(46, ("+", 12), ("-", 90)) == ["46 + 12 = 58", "58 - 90 = -32"]
+        assert problems.steps(3, ("*", 7)) == ["3 * 7 = 21"]
+
+    def test_sums_have_the_answers_of_their_task(self, problems: ModuleType) -> None:
+        import reasoning_gym
+
+        size = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+        entries = reasoning_gym.create_dataset("chain_sum", seed=3, size=200, **size)
+        rows = [problems.row(*made) for made in problems.sums(3, 200)]
+        assert [(row["problem"], row["answers"]) for row in rows] == [
+            (entry["question"], [entry["answer"]]) for entry in entries
+        ]
+
+    def test_solutions_hold_line_by_line_and_are_scored_right(self, problems: ModuleType) -> None:
+        made = [*problems.sums(5, 100), *problems.two_step(5, 100)]
+        for _, steps in made:
+            for step in steps:
+                terms, _, result = step.partition(" = ")
+                assert re.fullmatch(r"-?\d+ [-+*] \d+", terms) and eval(terms) == int(result)
+        rows = [problems.row(*one) for one in made]
+        scores = math_accuracy(completions=[row["solution"] for row in rows], answers=[row["answers"] for row in rows])
+        assert scores == [1.0] * 200
 
     def test_files_are_apart_and_the_same_again(
         self, problems: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
