@@ -168,6 +168,12 @@ def test_a_function_that_has_a_pool_by_name_has_it_as_itself_too():
         resolve_rewards(*one)[0] for one in (("math_accuracy", limits), (math_accuracy, limits), (math_accuracy,))
     )
     assert isinstance(named.function, PooledFunction) and isinstance(itself.function, PooledFunction)
+
+    @functools.wraps(math_accuracy)
+    def half(**arguments: Any) -> list[float]:
+        return [(value or 0.0) / 2 for value in math_accuracy(**arguments)]
+
+    assert resolve_rewards(half, limits)[0].function is half
     assert bare.function is math_accuracy and named.name == itself.name == bare.name == "math_accuracy"
 
 

@@ -16,6 +16,7 @@ from gvpo.rewards.answers.latex import compact
 from gvpo.rewards.answers.numbers import (
     Number,
     Quantity,
+    base_value,
     choice,
     in_base,
     plain_number,
@@ -186,9 +187,10 @@ def _same_in_base(answer: str, accepted: str) -> bool:
     if given and asked:
         return given == asked
     if asked:
-        return compact(answer).lstrip("0") == asked[0]
+        letter = len(asked[0]) == 1 and asked[0].isalpha()  # A_{11} may be a letter with an index
+        return not letter and compact(answer).lstrip("0") == asked[0]
     number = plain_number(accepted)
-    return given is not None and number is not None and int(*given) == number.value
+    return given is not None and number is not None and base_value(*given) == number.value
 
 
 def _same_quantity(answer: Quantity, accepted: Quantity) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 from gvpo.errors import UserError
 from gvpo.rewards.answers.finding import final_answers
 from gvpo.rewards.answers.latex import LONGEST, plain_latex
-from gvpo.rewards.answers.undone import is_undone
 from gvpo.rewards.equivalence import extract_answer, is_equivalent
 from gvpo.rewards.guard import guarded
 from gvpo.rewards.ready import Texts, completion_text, problem_texts
+from gvpo.rewards.undone import is_undone
 from gvpo.rewards.workers.worker import is_worker
 
 if importlib.util.find_spec("math_verify") is None:
@@ -27,8 +27,8 @@ def math_accuracy(*, completions: Texts | None, answers: Sequence[Any], **column
 
     answers: for each row a string or number, or a list of them; whole solutions that end in `\boxed{}` or `####` too.
         None: no verdict, another function's task.
-    problem, prompts: columns, where there are any; an operation that stands in the problem is no answer to it
-        (`gvpo.rewards.answers.undone`).
+    problem, prompts: columns, where there are any; the operation that a problem asks for is no answer to it
+        (`gvpo.rewards.undone`).
     The final answer is what `gvpo.rewards.answers.finding` says: one counts, the last. What cannot be read, or is too
     large to be evaluated, is right only where it is the accepted answer as text. Computed in processes that are killed
     after 30 s (`gvpo.rewards.guarded`): a member that takes longer gets None, which is logged.

@@ -58,8 +58,9 @@ def _entry(entry: str | Callable[..., Any]) -> str | Callable[..., Any]:
     """As `module:function` what is meant for a pool, the function itself too."""
     if isinstance(entry, str):
         return POOLED.get(entry, entry)
-    named = f"{getattr(entry, '__module__', None)}:{own_name(entry)}"
-    return named if named in POOLED.values() else entry
+    module, name = getattr(entry, "__module__", ""), getattr(entry, "__name__", "")
+    itself = getattr(sys.modules.get(module), name, None) is entry  # and no wrapper that took over its names
+    return f"{module}:{name}" if itself and f"{module}:{name}" in POOLED.values() else entry
 
 
 def _pooled(entries: list[str], limits: Limits | None) -> dict[str, Callable[..., Any]]:

@@ -20,8 +20,9 @@ BOXES = 50  # more of them are no answer to anything
 
 _BOX = re.compile(
     r"""\\{1,2}(?:boxed|fbox)\s*\{
-      | \\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(?P<bare>  # \boxed7, \boxed\frac{1}{2}
-            [-+]?[0-9][^\s$\\{}]* | [-+]?\\[A-Za-z]+(?:\{[^{}]*\}|[^\s$\\{}])* | [A-Za-z](?![A-Za-z]) )
+      | \\{1,2}(?:boxed|fbox)[ ]?(?P<bare>
+            [-+]?[0-9]+(?:[.,][0-9]+)* | \\[dt]?frac[0-9]{2} | \\(?!f?box)[A-Za-z]+(?:\{[^{}]*\})* )
+        (?= [.,;]?[ ]*(?:\$|\\\)|\\\]|\n|$) )  # \boxed7$, \boxed\frac12$
       | \\. | [{}]""",
     re.DOTALL | re.VERBOSE,
 )
@@ -32,7 +33,7 @@ _GLUE = re.compile(
 )
 _PHRASE = re.compile(r"answers?\b(?:[^\n.:=]{0,40}?\b(?:is|are)\b:?|\W{0,4}[:=])[\s:*]*", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[.!?](?=[\s*]|$)")
-_FORMULA = re.compile(r"\$\$([^$]{1,500})\$\$|\$([^$\n]{1,500})\$|\\\[(.{1,500}?)\\\]|\\\((.{1,500}?)\\\)", re.DOTALL)
+FORMULA = re.compile(r"\$\$([^$]{1,500})\$\$|\$([^$\n]{1,500})\$|\\\[(.{1,500}?)\\\]|\\\((.{1,500}?)\\\)", re.DOTALL)
 _JOINT = re.compile(r"\s*(?:,|,?\s*(?:and|or)(?![A-Za-z]))\s*")
 _TEXT = re.compile(r"\\(?:text[a-z]*|mbox|mathrm)\s*\{[^{}]*\}")
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{4,}")
@@ -101,7 +102,7 @@ def read_boxes(text: str) -> tuple[list[Box], int]:
     for match in _BOX.finditer(text):
         token = match[0]
         if match["bare"]:
-            boxes.append(Box(match.start(), match.end(), match["bare"].rstrip(".,;:")))
+            boxes.append(Box(match.start(), match.end(), match["bare"]))
         elif token[-1] == "{" and token != "\\{":
             opened.append(match)
         elif token == "}" and opened:
@@ -161,7 +162,7 @@ def _formulas(tail: str) -> str:
     """The formulas that the text begins with, commas and "and"s between them."""
     found: list[str] = []
     position = 0
-    while len(found) < BOXES and (match := _FORMULA.match(tail, position)) and _is_formula(_inside(match)):
+    while len(found) < BOXES and (match := FORMULA.match(tail, position)) and _is_formula(_inside(match)):
         found.append(_inside(match))
         joint = _JOINT.match(tail, match.end())
         if not joint:
@@ -185,7 +186,7 @@ def _last_expression(text: str) -> str:
         return text.rstrip(".") if _RUN.fullmatch(text.rstrip(".")) or _is_phrase(text) else _last_run_of_math(text)
     tail = text[-TAIL:]
     formula = None
-    for match in _FORMULA.finditer(tail):
+    for match in FORMULA.finditer(tail):
         if _is_formula(_inside(match)):
             formula = match
     after = _last_run_of_math(tail[formula.end() :] if formula else tail)

@@ -37,6 +37,8 @@ _CHARACTERS = str.maketrans(
         "\u2124": r"\mathbb{Z}",
         "\u03c0": r"\pi ",
         "\u03b1": r"\alpha ",
+        "\u2103": r"^\circ C ",
+        "\u2109": r"^\circ F ",
         "\u03b2": r"\beta ",
         "\u03b8": r"\theta ",
         "\u03bb": r"\lambda ",
@@ -61,7 +63,7 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
         (r"\\\$", r"\\text{dollars}"),
         ("\u20ac", r"\\text{euros}"),
-        ("\u00a3", r"\\text{sterling}"),
+        ("\u00a3", r"\\text{pounds}"),
         ("\u00a5", r"\\text{yen}"),
         (r"\$|\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),
         (r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}|&(?==)", " "),
@@ -128,12 +130,9 @@ def trimmed(text: str) -> str:
 
 def compact(text: str) -> str:
     r"""A form in which two spellings of the same LaTeX are equal: no spaces, no `\text{}`, no needless braces."""
-    return re.sub(r"(?<=\d) +(?=\d)", "~", without_needless_braces(text)).replace(" ", "")
-
-
-def without_needless_braces(text: str) -> str:
-    r"""`x^2` for `x^{2}`, and no `\text{}` around words."""
-    return re.sub(r"(?<=[_^])\{(\w)\}", r"\1", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<=\d) +(?=\d)", "~", text).replace(" ", "")
+    return re.sub(r"(?<=[_^])\{(\w)\}", r"\1", text)
 
 
 def _scripts(text: str, characters: dict[str, str], mark: str) -> str:

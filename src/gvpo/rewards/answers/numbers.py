@@ -115,7 +115,7 @@ _UNIT_NAMES = """
     lb pound; oz ounce; ton tonne; ms; s sec second; min minute; h hr hour; day; week; month; yr year; mol mole; unit;
     L l liter litre; mL ml milliliter millilitre; gallon gal; dollar usd; cent; degree deg; radian rad; celsius; mph;
     fahrenheit; K kelvin; Hz hertz; kHz; MHz; GHz; J joule; kJ; W watt; kW; N newton; V volt; eV; keV; MeV; Pa; kPa;
-    MPa; GPa; euro; sterling; yen; atm; erg; dyne; cal; kcal; kmh kph; person people
+    MPa; GPa; euro; yen; atm; erg; dyne; cal; kcal; kmh kph; person people
 """
 _UNITS = {name: line.split()[0] for line in _UNIT_NAMES.split(";") for name in line.split()}
 _SIZES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -126,7 +126,7 @@ _OTHER_NUMBERS = """
 _NO_UNITS = frozenset(_OTHER_NUMBERS.split())
 _MORE_THAN_UNITS = re.compile(rf"\\text\{{([^{{}}]*\b(?:{'|'.join([*_SIZES, *_OTHER_NUMBERS.split()])})\b[^{{}}]*)\}}")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_CURRENCY = re.compile(r"(-?\s*)\\text\{(dollar|euro|sterling|yen)s?\}")
+_CURRENCY = re.compile(r"(-?\s*)\\text\{(dollar|euro|pound|yen)s?\}")
 _END_MARK = re.compile(
     r"(?P<text>\\text\{[^{}]*\})(?:\s*\^\s*(?:\{[^{}]*\}|[-+]?\d))?$"
     r"|(?P<degree>\^\s*\\circ\s*(?:[CF]|\\text\{\s*[CF]\s*\})?)$|(?P<prime>(?<=\d)\s*\^?'{1,2})$|(?P<percent>%)$"
@@ -147,7 +147,7 @@ def quantity(text: str, *, of_answer: bool) -> Quantity:
     text = _MORE_THAN_UNITS.sub(r" \1", text).strip()
     if match := _CURRENCY.match(text):
         text = (match[1] + text[match.end() :]).strip()
-        units.add(match[2])
+        units |= _known(match[2])
     for _ in range(6):
         match = _END_MARK.search(text)
         core = text[: match.start()].rstrip(" /\\,") if match else ""
@@ -179,7 +179,9 @@ def _degrees(mark: str) -> set[str]:
 
 def _known(words: str) -> set[str]:
     found = re.findall("[A-Za-z\u00b5]+", words.removeprefix(r"\text"))
-    return {_UNITS[name] for word in found if (name := word if word in _UNITS else word.removesuffix("s")) in _UNITS}
+    spellings = [(word, word.removesuffix("s"), *([word.lower()] if len(word) > 2 else [])) for word in found]
+    names = [next((one for one in spelling if one in _UNITS), None) for spelling in spellings]
+    return {_UNITS[name] for name in names if name}
 
 
 def _is_unit(word: str, letters: bool) -> bool:
@@ -208,9 +210,16 @@ def without_label(text: str) -> tuple[str | None, str]:
 
 
 def in_base(text: str) -> tuple[str, int] | None:
-    """The digits and the base of 2516_8; None where they are none, and for a letter with an index, T_0 or A_{11}."""
+    """The digits and the base of 2516_8; None for a letter with an index, T_0, that can be no number."""
     match = _BASE.fullmatch(text.replace(" ", ""))
-    if match is None or (match[1].isalpha() and len(match[1]) == 1):
+    if match is None:
         return None
-    digits, base = match[1].lstrip("0") or "0", int(match[2] or match[3])
-    return (digits, base) if 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits) else None
+    found = (match[1].lstrip("0") or "0", int(match[2] or match[3]))
+    return found if match[1][0].isdigit() or base_value(*found) is not None else None
+
+
+def base_value(digits: str, base: int) -> Fraction | None:
+    """The number that is meant; None where the base is none, or a digit is no digit of it."""
+    if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
+        return None
+    return Fraction(int(digits, base))
