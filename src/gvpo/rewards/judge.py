@@ -174,10 +174,9 @@ def _questions(
     """For each member the prompt, or its verdict where nobody need be asked."""
     if completions is None:
         raise UserError("reward 'judge_accuracy' reads texts, and these completions are ids alone: give a tokenizer")
+    texts = problem_texts(problems, prompts, len(completions))
     asked: list[str | float | None] = []
-    for completion, accepted, problem in zip(
-        completions, answers, problem_texts(problems, prompts, len(completions)), strict=True
-    ):
+    for completion, accepted, problem in zip(completions, answers, texts, strict=True):
         text, right = completion_text(completion), _accepted(accepted)
         if right is None:
             asked.append(None)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 from gvpo.rewards.answers.latex import LONGEST
 
@@ -65,10 +66,11 @@ def plain_number(text: str) -> Number | None:
 
 def in_lowest_terms(text: str) -> bool:
     """Whether it is a plain number, and no fraction that can be reduced: 0.5, 3 or 1/2; not 2/4 or 6/1."""
-    match = _RATIO.fullmatch(text.strip())
-    if match is None or plain_number(text) is None:
-        return match is None and plain_number(text) is not None
-    top, bottom = map(_fraction, match.groups()[2:4] if match[4] else match.groups()[6:8])
+    if plain_number(text) is None:
+        return False
+    if (match := _RATIO.fullmatch(text.strip())) is None:
+        return True
+    top, bottom = map(_fraction, _parts(match)[2:])
     whole = top.denominator == bottom.denominator == 1 < abs(bottom)
     return whole and math.gcd(top.numerator, bottom.numerator) == 1
 
@@ -98,8 +100,13 @@ def _power(exponent: str) -> Fraction | None:
     return Fraction(10) ** number if abs(number) < MOST_DIGITS else None
 
 
+def _parts(match: re.Match[str]) -> tuple[Any, ...]:
+    """Sign, whole number, numerator and denominator of a `_RATIO`, whichever way it is written."""
+    return match.groups()[:4] if match[4] else match.groups()[4:]
+
+
 def _ratio(match: re.Match[str]) -> Number | None:
-    sign, whole, top, bottom = match.groups()[:4] if match[4] else match.groups()[4:]
+    sign, whole, top, bottom = _parts(match)
     numerator, denominator = _fraction(top), _fraction(bottom)
     if denominator == 0 or (whole and (numerator < 0 or denominator < 0)):
         return None
