@@ -173,4 +173,4 @@ def test_what_is_no_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 
 def test_a_task_is_given_once(capsys: pytest.CaptureFixture[str]):
     assert prepare("--task", "train.jsonl", "--task", "train.jsonl", "--out", "out.jsonl") == 2
-    assert capsys.readouterr().err.endswith("another task is called 'train' too; give each one once\n")
+    assert capsys.readouterr().err.endswith("another task is called 'train' too; give each once, or rename a file\n")

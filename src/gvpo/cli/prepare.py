@@ -90,16 +90,13 @@ def prepare(
 
     The rows have the columns prompt, answers, problem and id; gvpo train --reward_funcs math_accuracy takes them.
     """
-    from gvpo.evaluation.suite import file_name
     from gvpo.tasks.overlap import index_tests, largest_share, measure_overlap
-    from gvpo.tasks.registry import load_problems
+    from gvpo.tasks.registry import load_problems, task_labels
     from gvpo.tasks.templates import find_template, prompt_rows
 
     find_template(template)
     _check_options(out, check_against, drop_overlap, min_share, report)
-    for place, name in enumerate(task):
-        if file_name(name) in map(file_name, task[:place]):
-            raise UserError(f"--task {name}: another task is called {file_name(name)!r} too; give each one once")
+    task_labels(task)
     _check_targets({"--out": out, "--report": report}, [*task, *(check_against or [])], data_dir)
     problems = [problem for name in task for problem in load_problems(name, data_dir=data_dir, limit=limit)]
     kept = problems

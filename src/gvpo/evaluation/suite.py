@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gvpo.errors import UserError, located, nearest
@@ -16,7 +15,7 @@ from gvpo.groups import Completion, Group, group_from_dict
 from gvpo.rewards.fill import FAILURES
 from gvpo.sampling.sampler import SamplingParams
 from gvpo.sources.dataset import Row
-from gvpo.tasks import SUITES, TASKS, Problem, load_problems, prompt_rows
+from gvpo.tasks import SUITES, TASKS, Problem, load_problems, prompt_rows, task_labels
 
 SEVERAL_TEMPERATURE, SEVERAL_TOP_P = 0.6, 0.95
 """How several completions are drawn where nothing else is said: as DeepSeek-R1 was evaluated (its model card)."""
@@ -100,21 +99,12 @@ def default_reward(task: str) -> str:
 def load_tasks(
     names: Sequence[str], data_dir: str | None, limit: int | None, drawing: Drawing, reward: str | None = None
 ) -> list[EvalTask]:
-    """The tasks with their problems. Raises UserError as `load_problems` does, and for two of one name."""
-    tasks: dict[str, EvalTask] = {}
-    for name in names:
-        own, how = file_name(name), drawing.of(name)
-        if own in tasks:
-            raise UserError(f"--task {name}: another task is called {own!r} too; rename one of the files")
-        problems = load_problems(name, data_dir=data_dir, limit=limit)
-        tasks[own] = EvalTask(own, problems, *how, reward or default_reward(name))
-    return list(tasks.values())
-
-
-def file_name(task: str) -> str:
-    """What a task is called in a run: a file's name without its extension, and else the name, fit for a file."""
-    is_file = Path(task).suffix.lower() in (".jsonl", ".parquet")
-    return Path(task).stem if is_file else task.replace(":", "-").replace("/", "-")
+    """The tasks with their problems. Raises UserError as `load_problems`, `task_labels` and `Drawing.of` do."""
+    labels, drawn = task_labels(names), [drawing.of(name) for name in names]
+    return [
+        EvalTask(label, load_problems(name, data_dir=data_dir, limit=limit), *how, reward or default_reward(name))
+        for name, label, how in zip(names, labels, drawn, strict=True)
+    ]
 
 
 def digest(value: Any) -> str:

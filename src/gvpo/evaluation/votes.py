@@ -68,8 +68,6 @@ class EqualInWorkers:
     def __init__(self, entry: str = f"{__name__}:same_answer", seconds: float = SECONDS) -> None:
         self._entry, self._seconds = entry, seconds
         self._pool: RewardPool | None = None
-        # A pool gives up on a name under which too many in a row fail, and one answer may hang against all others.
-        self._names = (f"same_answer {number}" for number in itertools.count())
 
     def __call__(self, asked: Sequence[tuple[str, list[str]]]) -> list[list[bool | None]]:
         """See `Equal`."""
@@ -80,13 +78,14 @@ class EqualInWorkers:
     def _start(self, first: str, others: list[str]) -> list[Future[Output]]:
         parts = [others[at : at + _TOGETHER] for at in range(0, len(others), _TOGETHER)]
         return [
-            self._function.submit(next(self._names), {"completions": part, "other": [first] * len(part)}, len(part))
+            self._function.submit("same_answer", {"completions": part, "other": [first] * len(part)}, len(part))
             for part in parts
         ]
 
     @property
     def _function(self) -> PooledFunction:
-        self._pool = self._pool or RewardPool([self._entry], Limits(self._seconds))
+        # One answer may hang against all others.
+        self._pool = self._pool or RewardPool([self._entry], Limits(self._seconds), give_up=False)
         return self._pool.functions[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,21 @@ def load_problems(name: str, *, data_dir: str | Path | None = None, limit: int |
     raise UserError(
         f"task {name!r}: neither a known task, nor a .jsonl or .parquet file, nor gym:NAME; {nearest(name, TASKS)}"
     )
+
+
+def task_labels(names: Sequence[str]) -> list[str]:
+    """What each task is called in a run, whose files have it in their names: of a file its name without extension.
+
+    Raises UserError for two that are called the same: their problems would have the same ids.
+    """
+    labels: list[str] = []
+    for name in names:
+        is_file = Path(name).suffix.lower() in FILES
+        label = Path(name).stem if is_file else name.replace(":", "-").replace("/", "-")
+        if label in labels:
+            raise UserError(f"--task {name}: another task is called {label!r} too; give each once, or rename a file")
+        labels.append(label)
+    return labels
 
 
 def task_files(name: str, data_dir: str | Path | None) -> list[Path]:

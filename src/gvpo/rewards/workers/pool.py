@@ -132,11 +132,12 @@ class RewardPool:
     """Workers for the functions that `entries` name (`module:function`); usable from any thread, and after a fork.
 
     They go when the pool is closed or collected, when this process ends, however it ends, and when they misbehave.
+    give_up: whether a function of which nothing gets an answer any more ends the run, as `GIVE_UP` says.
     Raises UserError where a module cannot be imported or a function is not there.
     """
 
-    def __init__(self, entries: Sequence[str], limits: Limits | None = None) -> None:
-        self._entries, self._limits = list(entries), limits or Limits()
+    def __init__(self, entries: Sequence[str], limits: Limits | None = None, *, give_up: bool = True) -> None:
+        self._entries, self._limits, self._give_up = list(entries), limits or Limits(), give_up
         self._lock = threading.Lock()
         self._start()
         told = self._running.server.functions
@@ -162,7 +163,7 @@ class RewardPool:
         self._finalizer()
 
     def _start(self) -> None:
-        self._running = _Running(self._entries, self._limits)
+        self._running = _Running(self._entries, self._limits, self._give_up)
         self._finalizer = weakref.finalize(self, self._running.close)
 
 
@@ -170,8 +171,8 @@ class _Running:
     """A server, and the threads that each have one worker of it. failing: by name, the members of the last calls, in a
     row, that brought no answer at all."""
 
-    def __init__(self, entries: Sequence[str], limits: Limits) -> None:
-        self.process, self.limits = os.getpid(), limits
+    def __init__(self, entries: Sequence[str], limits: Limits, give_up: bool) -> None:
+        self.process, self.limits, self.give_up = os.getpid(), limits, give_up
         self.server = ForkServer(entries)
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.failing: defaultdict[str, list[int]] = defaultdict(list)
@@ -218,7 +219,8 @@ class _Caller:
                 self._running.failing[job.name] = []
                 return output
         alone = [self._alone(job.of_member(member)) for member in range(job.count)]
-        self._count(job, [failure for output in alone for failure in output.failures.values()])
+        if self._running.give_up:
+            self._count(job, [failure for output in alone for failure in output.failures.values()])
         return joined(alone)
 
     def _count(self, job: _Job, failures: Sequence[Failure]) -> None:
