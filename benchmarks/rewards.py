@@ -6,8 +6,8 @@ Call: an empty function, one member a call and eight, called here and in the poo
 a call that crashes, and the next one. Comparisons: the completions `\\boxed{answer}` of `--problems` (rows with
 answers; without any, 500 made here), each beside its own answer and beside the next problem's, which needs the whole
 comparison: math-verify in a plain loop on one core, the accepted answer parsed each time, and math_accuracy in the
-pool, in groups of eight that differ in their other words, and one each. Overlap: a rollout whose reward takes half a
-second a group, with and without a pool. Medians and ranges over repeats.
+pool (a new one each time), in groups of eight that differ in their other words, and one each. Overlap: a rollout whose
+reward waits 50 ms a completion (as for a judge), begun with each group or after all are drawn. Medians and ranges.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 from gvpo.groups import Completion, Group
 from gvpo.rewards import resolve_rewards, score_groups
+from gvpo.rewards.calling import Scoring
 from gvpo.rewards.limits import Limits
 
 FUNCTIONS = """
@@ -39,7 +40,7 @@ def crash(*, completions, **columns):
     os.abort()
 
 def slow_ids(*, completion_ids, **columns):
-    time.sleep(0.5)
+    time.sleep(0.05 * len(completion_ids))
     return [float(len(ids) % 7) for ids in completion_ids]
 """
 
@@ -64,12 +65,14 @@ def main() -> int:
 def timed(work: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of each repeat, after one that warms up."""
     work()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    return [once(work) for _ in range(repeats)]
+
+
+def once(work: Callable[[], Any]) -> float:
+    """Seconds that it takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def shown(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
@@ -99,7 +102,7 @@ def calls(workers: int, repeats: int) -> None:
 
 
 def overlap(workers: int, repeats: int) -> None:
-    """A rollout and its rewards, which take half a second a group."""
+    """A rollout and its rewards, which take 0.4 s a group."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -112,27 +115,30 @@ def overlap(workers: int, repeats: int) -> None:
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=512, eos_token_id=None, pad_token_id=None))
     rows = read_rows([{"prompt_ids": [n + 1]} for n in range(8)])
-    # Ends after some 60 tokens on average, so that groups end one after another.
-    source = PolicySource(TorchSampler(model, set(range(500, 508))), None, SamplingParams(256))
+    # Ends after some 130 tokens on average, so that groups end one after another.
+    source = PolicySource(TorchSampler(model, set(range(500, 504))), None, SamplingParams(512))
 
-    def rollout(workers: int) -> Callable[[], None]:
-        from gvpo.rewards.calling import Scoring
+    def draw(on_group: Callable[..., None] | None = None) -> list[Group]:
+        return fill_groups(rows, [source], 8, list(range(8)), None, on_group)
 
+    def rollout(workers: int, *, early: bool) -> Callable[[], Any]:
         functions = resolve_rewards(["measured:slow_ids"], Limits(workers=workers))
 
-        def draw() -> None:
+        def work() -> None:
             scoring = Scoring(functions, None)
-            seeds = list(range(8))
-            groups = fill_groups(rows, [source], 8, seeds, None, lambda row, group: scoring.start(group))
-            scoring.report(groups)
+            scoring.report(draw(lambda _, group: scoring.start(group) if early else None))
 
-        return draw
+        return work
 
-    drawing = timed(lambda: fill_groups(rows, [source], 8, list(range(8)), None), repeats)
-    print("| 8 groups of 8, a reward of 0.5 s a group | seconds |\n|---|---|")
-    print(f"| drawing alone | {shown(drawing)} |")
-    print(f"| drawing, rewards begun with each group, pool of {workers} | {shown(timed(rollout(workers), repeats))} |")
-    print(f"| drawing, then rewards, in this process | {shown(timed(rollout(0), repeats))} |\n")
+    print("| 8 groups of 8, a reward of 0.4 s a group | seconds |\n|---|---|")
+    for name, work in (
+        ("drawing alone", draw),
+        (f"drawing, rewards begun with each group, pool of {workers}", rollout(workers, early=True)),
+        (f"drawing, then rewards, pool of {workers}", rollout(workers, early=False)),
+        ("drawing, then rewards, in this process", rollout(0, early=False)),
+    ):
+        print(f"| {name} | {shown(timed(work, repeats))} |")
+    print()
 
 
 def comparisons(workers: int, repeats: int, files: list[str]) -> None:
@@ -146,13 +152,14 @@ def comparisons(workers: int, repeats: int, files: list[str]) -> None:
             lambda texts=texts: [math_verify_alone(*one) for one in zip(texts, answers, strict=True)], repeats
         )
         print(f"| math-verify, one core, a plain loop | {name} | {shown([len(texts) / s for s in plain], 1, 0)} |")
-        functions = resolve_rewards("math_accuracy", Limits(workers=workers))
         for k, members in ((8, "groups of 8"), (1, "one each")):
             groups = [
                 Group("p", [Completion(f"Variant {n}. {text}") for n in range(k)], columns={"answers": answer})
                 for text, answer in zip(texts, answers, strict=True)
             ]
-            seconds = timed(partial(score_groups, groups, functions, None), repeats)
+            # A new pool each time: a worker remembers what it has parsed.
+            pools = [resolve_rewards("math_accuracy", Limits(workers=workers)) for _ in range(repeats)]
+            seconds = [once(partial(score_groups, groups, functions, None)) for functions in pools]
             rates = shown([k * len(groups) / s for s in seconds], 1, 0)
             print(f"| math_accuracy, pool of {workers}, {members} | {name} | {rates} |")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gvpo.errors import UserError
-from gvpo.evaluation.suite import Drawing, EvalTask, default_reward, file_name, task_names
+from gvpo.evaluation.suite import Drawing, EvalTask, default_reward, task_names
 from gvpo.sampling.sampler import SamplingParams
 from gvpo.tasks import SUITES, Problem
 
@@ -33,14 +33,6 @@ def test_several_greedy_ones_would_be_alike() -> None:
 
 def test_tasks_come_once_in_order() -> None:
     assert task_names(["math"], ["a.jsonl", "amc", "a.jsonl"]) == [*SUITES["math"], "a.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("task", "name"),
-    [("amc", "amc"), ("some/b.jsonl", "b"), ("b.parquet", "b"), ("gym:maze:50:1", "gym-maze-50-1")],
-)
-def test_names_of_files(task: str, name: str) -> None:
-    assert file_name(task) == name
 
 
 def test_who_judges() -> None:

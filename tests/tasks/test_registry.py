@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gvpo.errors import UserError
-from gvpo.tasks import SUITES, TASKS, load_problems
+from gvpo.tasks import SUITES, TASKS, load_problems, task_labels
 from gvpo.tasks import registry as registry_module
 
 
@@ -267,3 +267,10 @@ def test_unknown(name: str, message: str):
     with pytest.raises(UserError) as error:
         load_problems(name)
     assert str(error.value).startswith(message)
+
+
+def test_names_in_a_run() -> None:
+    names = ["amc", "some/b.jsonl", "c.parquet", "gym:maze:50:1", "owner/d"]
+    assert task_labels(names) == ["amc", "b", "c", "gym-maze-50-1", "owner-d"]
+    with pytest.raises(UserError, match=r"^--task other/b\.parquet: another task is called 'b' too; give each once, or"):
+        task_labels(["some/b.jsonl", "other/b.parquet"])
