@@ -285,6 +285,19 @@ def test_any_text_is_judged():
         final_answers(text)
 
 
+@pytest.mark.usefixtures("deadline")
+def test_repetitions_are_judged():
+    """As a model that has lost its way writes them; where they end, a pattern without bounds would turn back."""
+    draw, pieces = random.Random(0), [*PIECES.split(), " ", ", ", "12,", "1,728", ".5"]
+    ends = ["", ",", ".", " =", "\n", "$", "(", "'", " apples"]
+    assert final_answers("1,728,816,567 - 5,018,394,658 = 2,282,535,965,382,")
+    for _ in range(1_000):
+        text = "".join(draw.choices(pieces, k=draw.choice([1, 2, 3]))) * draw.choice([12, 40, 300]) + draw.choice(ends)
+        final_answers(text)
+        is_equivalent(text, "7")
+        is_equivalent("(1,2)", text)
+
+
 def test_nothing_is_said_and_sympy_comes_late():
     """math-verify warns on its log that its time limits are off."""
     code = (

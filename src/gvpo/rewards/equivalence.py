@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gvpo.rewards.answers.finding import final_answers
-from gvpo.rewards.answers.latex import compact
+from gvpo.rewards.answers.latex import LONGEST, compact, plain_latex, split
 from gvpo.rewards.answers.numbers import (
     Number,
     Quantity,
@@ -52,6 +52,13 @@ def is_equivalent(answer: str, accepted: str) -> bool:
     return False
 
 
+def readings(answer: str, accepted: str) -> list[str]:
+    """The answer, the exact part of `exact \u2248 rounded`; where a decimal is accepted, the rounded one too."""
+    asked = plain_number(plain_latex(accepted)) if len(accepted) <= LONGEST >= len(answer) else None
+    parts = split(plain_latex(answer), "\u2248") if asked and asked.unit is not None else [answer]
+    return [answer, parts[-1]] if len(parts) > 1 else [answer]
+
+
 # Structure
 
 
@@ -67,17 +74,34 @@ def _same(answer: Answer, accepted: Answer) -> bool:
         return _same_value(answer.text, accepted.text)
     if kinds == ("matrix", "matrix") or (kinds[0] in _ORDERED and kinds[1] in _ORDERED):
         return _brackets_fit(answer, accepted) and _in_order(answer.items, accepted.items)
-    if kinds == ("list", "tuple") or (kinds == ("list", "interval") and accepted.brackets == "()"):
-        return _in_order(answer.items, accepted.items)  # x = 1, y = 2 for the point (1, 2)
+    if answer.kind == "list" and _is_tuple(accepted):
+        return _in_order(_by_label(answer.items) or answer.items, accepted.items)  # x = 1, y = 2 for the point (1, 2)
+    if accepted.kind == "list" and (named := _by_label(accepted.items)) and _by_label(answer.items) is None:
+        in_order = named if _is_tuple(answer) else [item.items[-1] for item in accepted.items]
+        return _in_order(answer.items, in_order)
     if "set" in kinds and set(kinds) <= {"set", "list", "leaf"}:
         return _as_sets(_parts(answer), _parts(accepted))
     if accepted.kind == "list" and answer.kind in ("list", "tuple", "leaf", "interval"):
-        loose = answer.kind in ("tuple", "interval") and answer.brackets in ("", "()")
-        return _any_order(answer.items if loose else _parts(answer), accepted.items) or _by_algebra(answer, accepted)
+        return _any_order(answer.items if _is_tuple(answer) else _parts(answer), accepted.items) or _by_algebra(
+            answer, accepted
+        )
     return _by_algebra(answer, accepted) if {"list", "set", "leaf"} & set(kinds) else False
 
 
 _ORDERED = ("tuple", "interval")
+
+
+def _is_tuple(answer: Answer) -> bool:
+    """Whether it is a tuple or a point, as (1, 2) may be, and 1 < x < 2 not."""
+    return answer.kind == "tuple" or (answer.kind == "interval" and answer.brackets == "()" and not answer.label)
+
+
+def _by_label(items: Sequence[Answer]) -> list[Answer] | None:
+    """The values of x = 1, y = 2, in the order of their labels; None where not all have one of their own."""
+    labels = {item.label for item in items if item.kind == "equation" and item.label}
+    if len(labels) < len(items) or len(items) < 2:
+        return None
+    return [item.items[-1] for item in sorted(items, key=lambda item: item.label)]
 
 
 def _parts(answer: Answer) -> tuple[Answer, ...]:
@@ -85,9 +109,11 @@ def _parts(answer: Answer) -> tuple[Answer, ...]:
 
 
 def _brackets_fit(answer: Answer, accepted: Answer) -> bool:
-    """Intervals need the same brackets; (1, 2) may also be a point, and a vector is a tuple."""
+    """Intervals need the same brackets; (1, 2) may be a point as well, and a vector is a tuple, [1, 2] a column too."""
     if answer.kind == accepted.kind == "interval":
         return answer.brackets == accepted.brackets
+    if accepted.kind == "tuple" and answer.brackets == "[]" and not answer.label:
+        return True
     return {answer.brackets, accepted.brackets} <= {"", "()"}
 
 

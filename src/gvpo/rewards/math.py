@@ -12,7 +12,7 @@ from typing import Any
 from gvpo.errors import UserError
 from gvpo.rewards.answers.finding import final_answers
 from gvpo.rewards.answers.latex import LONGEST, plain_latex
-from gvpo.rewards.equivalence import extract_answer, is_equivalent
+from gvpo.rewards.equivalence import extract_answer, is_equivalent, readings
 from gvpo.rewards.guard import guarded
 from gvpo.rewards.ready import Texts, completion_text, problem_texts
 from gvpo.rewards.undone import is_undone
@@ -76,4 +76,8 @@ def _mistake(value: Any, problem: str) -> UserError:
 
 def _is_right(text: str, accepted: Sequence[str], problem: str) -> bool:
     pairs = product(final_answers(text), accepted)
-    return any(is_equivalent(answer, one) and not is_undone(answer, one, problem) for answer, one in pairs)
+    return any(
+        is_equivalent(said, one) and not is_undone(said, one, problem)
+        for answer, one in pairs
+        for said in readings(answer, one)
+    )

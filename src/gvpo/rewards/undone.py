@@ -26,7 +26,7 @@ from gvpo.rewards.equivalence import is_equivalent
 FORMULAS = 100  # of a problem, the last ones
 
 _ARITHMETIC = re.compile(r"(?:[-+*/\d\s.,(){}]|\\(?:cdot|times|div|frac)(?![A-Za-z]))+")
-_BETWEEN = re.compile(r"[\d)}]\s*(?:[-+*/]|\\(?:cdot|times|div)(?![A-Za-z]))\s*[-+({\\.\d]")
+_BETWEEN = re.compile(r"[\d)}]\s*(?:(?:[-+*/]|\\(?:cdot|times|div)(?![A-Za-z]))\s*[-+({\\.\d]|\()|\)\s*\d")
 _OPERATION = re.compile(r"[-+*/^_|!]|\\[A-Za-z]{2,}")
 _IN_BRACKETS = re.compile(r"(?<![\d)}])\(\s*([-+]?[\d.]+)\s*\)(?![\d(])")
 _ALL_IN_BRACKETS = re.compile(r"([-+]?)\s*\(([^()]*)\)")

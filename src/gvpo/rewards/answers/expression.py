@@ -31,7 +31,7 @@ T = TypeVar("T")
 DIGITS = 250  # of every value, so that 100 are left after any cancellation in an answer
 AGREE = "1e-100"  # difference of values that count as equal: of values below 1, relative
 NOTHING = "1e-200"  # below it a value is zero: what cancellation leaves
-POINTS = 4
+POINTS, FAR = 4, 4  # near zero; and far from it, where there are absolute values and the like
 LARGEST_BITS = 20_000  # of a number, some 6,000 digits
 LARGEST_ARGUMENT = 10_000  # of a factorial, an exponential or a trigonometric function
 
@@ -55,7 +55,7 @@ def same_expression(answer: str, accepted: str) -> bool:
     """Whether two single values in plain LaTeX are equal; False where either cannot be read, or is too large to be."""
     if parsed(answer) is None or parsed(accepted) is None:
         return False
-    values, expected = _values(answer), _values(accepted)
+    values, expected = _values_of_both(answer, accepted)
     if values is None or expected is None:
         return not isinstance(parsed(accepted), sympy.Expr) and _verified(answer, accepted)
     size = max(len(values), len(expected))  # one without variables has one value at all points
@@ -68,7 +68,7 @@ def same_equation(answer: tuple[str, str], accepted: tuple[str, str]) -> bool:
     first, second = (f"({left})-({right})" for left, right in (answer, accepted))
     if parsed(first) is None or parsed(second) is None or free_symbols(first) != free_symbols(second):
         return False
-    values, expected = _values(first), _values(second)
+    values, expected = _values_of_both(first, second)
     if values is None or expected is None or len(values) == 1:  # with one value there is no unknown
         return False
     with mp.workdps(DIGITS + LARGEST_BITS // 3):
@@ -93,11 +93,25 @@ def real_value(text: str) -> Fraction | None:
 # Values
 
 
+def _values_of_both(first: str, second: str) -> tuple[list[Any] | None, list[Any] | None]:
+    far = _has_pieces(parsed(first)) or _has_pieces(parsed(second))
+    return _values(first, far), _values(second, far)
+
+
+def _has_pieces(expression: Any) -> bool:
+    """Whether it may be two different formulas here and there: |x|, floors, the root of a square."""
+    if not isinstance(expression, sympy.Basic):
+        return False
+    roots = (power for power in expression.atoms(sympy.Pow) if power.exp.is_Rational and not power.exp.is_Integer)
+    return expression.has(sympy.Abs, sympy.floor, sympy.ceiling) or any(root.base.free_symbols for root in roots)
+
+
 @lru_cache(maxsize=8192)
-def _values(text: str) -> list[Any] | None:
+def _values(text: str, far: bool = False) -> list[Any] | None:
     symbols = free_symbols(text)
+    points = (POINTS + FAR if far else POINTS) if symbols else 1
     try:
-        return [_value(parsed(text), symbols, point) for point in range(POINTS if symbols else 1)]
+        return [_value(parsed(text), symbols, point) for point in range(points)]
     except (_NoValue, ArithmeticError, ValueError, RecursionError, mp.NoConvergence):
         return None
 
@@ -112,9 +126,14 @@ def _value(expression: Any, symbols: tuple[Any, ...], point: int, digits: int = 
 
 
 def _coordinate(name: str, point: int) -> Any:
-    """Between 0.3 and 2.7, the same for a name in all expressions; from the third point on of either sign."""
+    """Between 0.3 and 2.7, the same for a name in all expressions; from the third point on of either sign.
+
+    The far ones are 20 times as far from zero.
+    """
     number = zlib.crc32(f"{name} {point}".encode())
-    return mp.mpf(300 + number % 2_400) / (-997 if point >= 2 and number & 4_096 else 997)
+    return mp.mpf((300 + number % 2_400) * (1 if point < POINTS else 20)) / (
+        -997 if point >= 2 and number & 4_096 else 997
+    )
 
 
 class _NoValue(Exception):

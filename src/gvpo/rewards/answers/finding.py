@@ -37,10 +37,11 @@ FORMULA = re.compile(r"\$\$([^$]{1,500})\$\$|\$([^$\n]{1,500})\$|\\\[(.{1,500}?)
 _JOINT = re.compile(r"\s*(?:,|,?\s*(?:and|or)(?![A-Za-z]))\s*")
 _TEXT = re.compile(r"\\(?:text[a-z]*|mbox|mathrm)\s*\{[^{}]*\}")
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{4,}")
+# Possessive: digits can be taken apart in many ways, and there is no end to trying them where the whole does not fit.
 _RUN = re.compile(
-    r"""(?: [0-9]+(?:[.,][0-9]+)* | \.(?=[0-9]) | \\[A-Za-z]+ | \\[{}%$] | ,(?=\s?[-+0-9(\\$])
+    r"""(?: [0-9]++(?:[.,][0-9]++)*+ | \.(?=[0-9]) | \\[A-Za-z]+ | \\[{}%$] | ,(?=\s?[-+0-9(\\$])
           | [-\u2212+*/^_=<>(){}\[\]|!%$\u20ac\u00a3\u00b0\u221a\u03c0\u221e\u00d7\u00b7\u00f7\u00b1\u2264\u2265\u00bd ]
-          | (?<![A-Za-z])(?:sqrt|pi|sin|cos|tan|log|ln|and|or|[A-Za-z])(?![A-Za-z'\u2019]) )+""",
+          | (?<![A-Za-z])(?:sqrt|pi|sin|cos|tan|log|ln|and|or|[A-Za-z])(?![A-Za-z'\u2019]) )++""",
     re.VERBOSE,
 )
 _EDGE_WORDS = re.compile(r"^\s*(?:(?:and|or)(?![A-Za-z])|[aAI] )|(?<![A-Za-z\\])(?:and|or)\s*$")
@@ -113,7 +114,7 @@ def read_boxes(text: str) -> tuple[list[Box], int]:
                 boxes.append(Box(opening.start(), match.end(), text[opening.end() : match.start()]))
     unclosed = [match.start() for match in opened if len(match[0]) > 1]
     last = boxes[-1].end if boxes else -1
-    return boxes, unclosed[-1] if unclosed and unclosed[-1] > last else -1
+    return boxes, unclosed[-1] if unclosed and unclosed[-1] >= last else -1
 
 
 def _last_run(boxes: list[Box], text: str) -> list[Box]:
@@ -208,11 +209,12 @@ def _trimmed(text: str, run: re.Match[str]) -> str:
         found = found.lstrip("-\u2212")
     if text[run.end() : run.end() + 1].isalpha() or text[run.end() : run.end() + 1] in ("&", "'", "\u2019"):
         found = re.sub(r"\s+[A-Za-z]?\s*$", "", found)
-    found = _EDGE_WORDS.sub("", found).rstrip(_EDGES).lstrip(" ,;:=*/^_<>+")
-    for opening, closing in ("()", "[]", "{}"):
-        if found.startswith(opening) and found.count(opening) > found.count(closing):
+    found = _EDGE_WORDS.sub("", found).rstrip(_EDGES + "([").lstrip(" ,;:=*/^_<>+")
+    for opening, closing in (("([", ")]"), ("{", "}")):
+        opened, closed = (sum(map(found.count, signs)) for signs in (opening, closing))
+        if found.startswith(tuple(opening)) and opened > closed:
             found = found[1:]
-        if found.endswith(closing) and found.count(closing) > found.count(opening):
+        if found.endswith(tuple(closing)) and closed > opened:
             found = found[:-1]
     return found.strip(" ,;$")
 

@@ -54,6 +54,21 @@ _FONTS = r"text[a-z]{0,6}|mbox|hbox|mathrm|mathbf|mathit|mathsf|mathcal|boldsymb
 _FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp"
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|Delta|Omega"
 
+# Of "for all x", not the next function, as in "f(x) = x for all x, or f(x) = -x for all x".
+_THE_REST = r"(?:(?!(?:[,;]|\\text\{\s*,?\s*(?:and|or)(?![a-z])|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))[^=]{1,80}=).)*"
+
+# x > 2 and x < 3: one interval, not two values of a list.
+_BOUND = r"\s*([^,<>=]{1,80}?)\s*"
+_AND = r"(?:\\text\{\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z]))\s*"
+_BOTH = [
+    rule
+    for more, less in ((">", "<"), (r"\\ge(?![a-z])", r"\\le "))
+    for rule in (
+        (rf"^\s*([A-Za-z])\s*{more}{_BOUND}{_AND}\1\s*(<|\\le(?![a-z])){_BOUND}$", rf"\2{less}\1\3 \4"),
+        (rf"^\s*([A-Za-z])\s*(<|\\le(?![a-z])){_BOUND}{_AND}\1\s*{more}{_BOUND}$", rf"\4{less}\1\2 \3"),
+    )
+]
+
 # In this order. Each is linear in the text's length.
 _REWRITES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
@@ -67,7 +82,11 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         ("\u00a5", r"\\text{yen}"),
         (r"\$|\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\]", " "),
         (r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}|&(?==)", " "),
-        (r"\\(?:displaystyle|textstyle|limits|rm|bf)(?![a-z])", " "),
+        (
+            r"\\(?:displaystyle|textstyle|limits|rm|bf|bfseries|[lL]arge|LARGE|[hH]uge|small|normalsize)(?![A-Za-z])",
+            " ",
+        ),
+        (r"\\(?:color|textcolor|[hv]space\*?|[hv]?phantom)\s*\{[^{}]*\}|\\underline\s*(?=\{)", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])\s*\.?", ""),
         (r"(?<=\d)\s*,\s*\\!\s*(?=\d{3})|(?<=\d)\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)\\,(?=\d{3}(?!\d))|(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\(?:q?quad|enspace|thinspace)(?![a-z])", " "),
@@ -87,18 +106,20 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (rf"\\(?:{_FONTS})\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
         (rf"\\(?:{_FONTS})\s*\{{\s*([ei])\s*\}}", r"\1"),
         (rf"\\(?:{_FONTS})\s*\{{", r"\\text{"),
-        (r"(?<![A-Za-z])\\text\{\s*for (?:all|any|every|each)(?![a-z]).*|,?\s*\\forall(?![a-z]).*", ""),
-        (r",?\s*(?<![A-Za-z\\])for (?:all|any|every|each)(?![a-z]).*", ""),
+        (rf"(?<![A-Za-z])\\text\{{\s*for (?:all|any|every|each)(?![a-z]){_THE_REST}", ""),
+        (rf",?\s*(?:\\forall|(?<![A-Za-z\\])for (?:all|any|every|each))(?![a-z]){_THE_REST}", ""),
+        *_BOTH,
         (r"\\text\{\s*,?\s*(?:and|or),?\s*\}|(?<![\\A-Za-z])(?:and|or)(?![A-Za-z])|\\(?:lor|vee)(?![a-z])", ","),
         (r"\\text\{\s*(?:percent|percentage|\\?%)\s*\}|\\%|(?<![A-Za-z])percent(?:age)?(?![a-z])", "%"),
         (rf"(?<![A-Za-z\\])({_FUNCTIONS}|{_GREEK}|sqrt|pi|frac)(?=[\s(^{{\\+*/,)\]}}_-]|$)", r"\\\1 "),
         (r"(?<![A-Za-z\\])(?:infinity|infty|inf|oo)(?![A-Za-z])", r"\\infty "),
+        (r"(^|[(\[,;<>=|{]|\\[lg]e(?![a-z]))\s*\+\s*(?=\\infty(?![a-z]))", r"\1"),
         (r"\*\*", "^"),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
         (r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(\\prime)(?![a-z])", r"\1\2"),
         (r"\\prime(?![a-z])\s*", "'"),
-        (r"(?<=\d) (?=\d{3}(?!\d))", ""),
-        (r"(?<![\d.])(\d+) (\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+        (r"(?<=\d) (?=\d{3}(?![\d/]))", ""),
+        (r"(?<![\d.])(\d+) ([1-9]\d*)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
         (r"\s+", " "),
     ]
 ]
@@ -111,16 +132,21 @@ def plain_latex(text: str) -> str:
         text = _scripts(_scripts(text, _SUPERSCRIPTS, "^"), _SUBSCRIPTS, "_")
         text = re.sub(r"[\u00bc-\u00be\u2150-\u215e]", _vulgar_fraction, text)
         text = unicodedata.normalize("NFKC", text)
+    text = _CASES.sub(lambda match: re.sub(r"\\\\", ", ", match[1]), text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    text = _REPEATING.sub(_repeating_decimal, text)
     for command, arguments, single in _ARGUMENTS:
         text = _with_braces(text, command, arguments, single)
     return trimmed(text)
 
 
 def trimmed(text: str) -> str:
-    """Without the marks that end a sentence, and without braces around the whole, unless a set is in them."""
-    text = text.strip(' ,;:"`*')
+    """Without the marks around a sentence's end, signs of equality before the whole, and braces around it.
+
+    Braces around several values are a set's.
+    """
+    text = text.strip(' ,;:"`*').lstrip("=\u2248 ")
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
     while text.startswith("{") and closing(text, 0) == len(text) - 1 and len(split(text[1:-1], ",")) == 1:
@@ -138,6 +164,16 @@ def compact(text: str) -> str:
 def _scripts(text: str, characters: dict[str, str], mark: str) -> str:
     runs = re.compile(f"[{''.join(characters)}]+")
     return runs.sub(lambda run: f"{mark}{{{''.join(characters[character] for character in run[0])}}}", text)
+
+
+# Equations one below the other; with an & there are conditions beside them.
+_CASES = re.compile(r"\\begin\{cases\}([^&]*?)\\end\{cases\}")
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s*\{\s*(\d{1,30})\s*\}(?!\d)")
+
+
+def _repeating_decimal(match: re.Match[str]) -> str:
+    start, period = match[1] + match[2], match[3]
+    return rf"\frac{{{int(start + period) - int(start or 0)}}}{{{(10 ** len(period) - 1) * 10 ** len(match[2])}}}"
 
 
 def _vulgar_fraction(match: re.Match[str]) -> str:

@@ -43,7 +43,7 @@ _ONLY_POWER = re.compile(rf"([-+]?)\s*{_POWER}")
 _SIGNED = rf"[-+]?\s*{_DECIMAL}"
 _RATIO = re.compile(
     rf"([-+]?)\s*(?:(\d+)\s*)?\\frac\{{\s*({_SIGNED})\s*\}}\{{\s*({_SIGNED})\s*\}}"
-    rf"|([-+]?)\s*(?:(\d+)\s+)?({_DECIMAL})\s*/\s*({_DECIMAL})"
+    rf"|([-+]?)\s*(?:(\d+)\s+)?({_DECIMAL})\s*/\s*({_SIGNED})"
 )
 
 
@@ -165,7 +165,7 @@ def quantity(text: str, *, of_answer: bool) -> Quantity:
         text = core
     if (match := _WORDS.fullmatch(text)) and (number := plain_number(match["core"])):
         words = re.findall("[A-Za-z\u00b5]+", match["words"])
-        if all(_is_unit(word, of_answer and match["gap"] != "") for word in words):
+        if all(_is_unit(word, match["gap"] != "", of_answer) for word in words):
             sizes = [_SIZES[word] for word in words if word in _SIZES]
             value = number.value * math.prod(sizes)
             if not sizes or max(abs(value.numerator), value.denominator) < _TOO_LARGE:
@@ -191,10 +191,13 @@ def _known(words: str) -> set[str]:
     return {_UNITS[name] for name in names if name}
 
 
-def _is_unit(word: str, letters: bool) -> bool:
+def _is_unit(word: str, apart: bool, of_answer: bool) -> bool:
+    """apart: from the number, by a space; else letters are a product, 2mgh, but for the units that are known."""
     if len(word) == 1:
-        return letters and word in _UNITS
-    return word in _SIZES or word in _UNITS or (len(word) > 2 and word.lower() not in _NO_UNITS)
+        return of_answer and apart and word in _UNITS
+    if word in _SIZES or (word in _UNITS and (apart or word != "mg")):
+        return True
+    return apart and len(word) > 2 and word.lower() not in _NO_UNITS
 
 
 # Choices and other bases

@@ -55,22 +55,27 @@ _PARSER_REWRITES: list[tuple[re.Pattern[str], str]] = [
     for pattern, replacement in [
         (r"_\s*\{\s*\\text\{\s*(\w+)\s*\}\s*\}|_\s*\\text\{\s*(\w+)\s*\}", r"_{\1\2}"),
         (r"_\s*\{?\s*\\odot\s*\}?", r"_{sun}"),
-        (r"([A-Za-z])'{2,3}", r"\1_{pp}"),  # the parser reads x' as x
-        (r"([A-Za-z])'", r"\1_{p}"),
+        (r"\^\s*\{\s*T\s*\}", "^{(T)}"),  # it reads a transpose, and drops what it cannot transpose
         (r"(\d+|[A-Za-z])\s*!(?=\s*\^)", r"(\1!)"),
         (r"([\d.]*\d)[eE]([-+]?\d{1,3})(?![\d.])", r"\1\\cdot 10^{\2}"),
         (r"(?<![_^\d.])(\d+)\s*(?=\(|\\binom)|(\))\s*(?=\(|\\binom|\d)", r"\1\2\\cdot "),  # it reads 2(3) as 2 + 3
     ]
 ]
-# Its imaginary unit is I, it takes no index after E, and gamma for a function.
+# It reads x' as x.
+_PRIMED = re.compile(r"(\\[A-Za-z]+|[A-Za-z])\s*(?:_\s*(?:\{([^{}]*)\}|(\w)))?\s*('+)")
+# Its imaginary unit is I, which is I in all powers unless it is in braces; it takes no index after E, and gamma for a
+# function.
 _LETTERS = {"i": "I", "I": r"\Upsilon ", "E": r"\Xi ", r"\gamma": r"\varsigma"}
-_LETTER = re.compile(r"\\[A-Za-z]+|_\s*\{[^{}]*\}|_\s*\w|[iIE]")
+_LETTER = re.compile(r"\\[A-Za-z]+|_\s*\{[^{}]*\}|_\s*\w|(?P<indexed>i)(?=\s*_)|(?P<power>i)(?=\s*\^)|[iIE]")
 _POINT = re.compile(r"(\d*)\.(\d+)(\s*\^)?")
 
 
 def _for_parser(text: str) -> str:
     for pattern, replacement in _PARSER_REWRITES:
         text = pattern.sub(replacement, text)
+    text = _PRIMED.sub(lambda m: f"{m[1]}_{{{m[2] or m[3] or ''}{'p' * len(m[4])}}}", text)
+    if "'" in text:
+        raise ValueError(text)
     while (start := text.find(r"\binom{")) >= 0:  # the parser evaluates it at once
         end = closing(text, start + 6)
         last = closing(text, end + 1)
@@ -78,8 +83,14 @@ def _for_parser(text: str) -> str:
             raise ValueError(text)
         top, bottom = text[start + 7 : end], text[end + 2 : last]
         text = rf"{text[:start]}\frac{{({top})!}}{{({bottom})!(({top})-({bottom}))!}}{text[last + 1 :]}"
-    text = _LETTER.sub(lambda match: _LETTERS.get(match[0], match[0]), text)
+    text = _LETTER.sub(_letter, text)
     return _POINT.sub(_exact_decimal, text)
+
+
+def _letter(match: re.Match[str]) -> str:
+    if match["indexed"]:
+        return r"\iota "
+    return "{I}" if match["power"] else _LETTERS.get(match[0], match[0])
 
 
 def _exact_decimal(match: re.Match[str]) -> str:

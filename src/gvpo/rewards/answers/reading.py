@@ -82,7 +82,9 @@ def _approximation(text: str, depth: int) -> Answer | None:
     parts = split(text, "\u2248")
     if len(parts) == 1:
         return None
-    return _read("=".join(parts) if _LABEL.fullmatch(parts[0].strip()) else parts[0], depth)
+    name = parts[0].strip()
+    named = _LABEL.fullmatch(name) and name not in (r"\pi", "e", "i")
+    return _read("=".join(parts) if named else name, depth)
 
 
 def _list(text: str, depth: int) -> Answer | None:
@@ -155,7 +157,10 @@ def _set(text: str, depth: int) -> Answer | None:
     inner = text[2:-2] if text.startswith("\\") else text[1:-1]
     described = split(inner, r"\\mid(?![a-z])|[|:]")
     if len(described) == 2:
-        return _read(described[1], depth)
+        # Of x | x > 2 the condition alone; 3n | n in Z is a family.
+        label = compact(split(described[0], r"\\in(?![a-z])")[0])
+        constrained = _LABEL.fullmatch(label) and label in compact(described[1])
+        return _read(described[1], depth) if constrained else Answer("leaf", text)
     items = _items(_between_commas(f"{inner},"), depth)
     return Answer("set", text, items) if items else Answer("leaf", r"\emptyset")
 
