@@ -343,6 +343,24 @@ class TestGiven:
         assert "was evaluated with completions_digest" in capsys.readouterr().err
 
 
+class TestGivenMistakes:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"problem": "a"}, "given.jsonl, line 3, field 'problem': 'a', and the task has 'd e' in this place ("),
+            ({"question": "a"}, "given.jsonl, line 3, field 'question': 'a', and the task has 'd e' in this place ("),
+            ({"columns": {"problem": "a"}}, "given.jsonl, line 3, field 'problem': 'a', and the task has"),
+            ({"completions": ["x"]}, "given.jsonl, line 3: both 'completion' and 'completions'; give one of them"),
+        ],
+    )
+    def test_refused(self, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        rows = [{"completion": answer} for _, answer in PROBLEMS]
+        rows[2] |= change
+        assert score("run", rows, *TASK, "--reward", "exact_match") == 2
+        assert capsys.readouterr().err.startswith(f"gvpo eval: {message}")
+        assert not Path("run").exists()
+
+
 class TestServer:
     def ask(self, url: str, *more: str) -> int:
         how = ["--task", "letters.jsonl", "--batch", "2", "--reward", "exact_match", "--out", "run"]

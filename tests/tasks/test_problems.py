@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gvpo.errors import UserError
-from gvpo.tasks.problems import Problem, gsm8k_final, last_boxed, read_answers, read_problem
+from gvpo.errors import FieldError, UserError
+from gvpo.tasks.problems import Problem, read_answers, read_problem
 
 
 def read(row: Any) -> Problem:
@@ -53,7 +53,7 @@ class TestAnswers:
                 "field 'answer': nan is non-finite; give the accepted answer as a text or a number",
             ),
             ("answer", "\ud800", "field 'answer': half of a surrogate pair at character 1; remove it"),
-            ("answer", "no end ####", "field 'answer': a solution without an answer after ####"),
+            ("answer", "no end ####", "field 'answer': a solution without an answer in \\boxed{} or after ####"),
             ("solution", "by symmetry, 7", "field 'solution': a solution without an answer in \\boxed{} or after ####"),
             ("solution", "\\boxed{7", "field 'solution': a solution without an answer in"),
         ],
@@ -65,10 +65,11 @@ class TestAnswers:
 
 
 @pytest.mark.parametrize(
-    ("solution", "boxed"),
+    ("solution", "answer"),
     [
         ("\\boxed{5}", "5"),
         ("\\boxed{5} and then \\boxed{6}", "6"),
+        ("$\\boxed{1}$ and $\\boxed{2}$", "1, 2"),
         ("\\fbox{5}", "5"),
         ("so $\\boxed 5$.", "5"),
         ("$\\boxed\\pi$", "\\pi"),
@@ -76,21 +77,28 @@ class TestAnswers:
         ("\\boxed{\\frac{1}{\\sqrt{2}}} units", "\\frac{1}{\\sqrt{2}}"),
         ("\\boxed{\\left\\{1,2\\right.}", "\\left\\{1,2\\right."),  # \{ closes nothing and opens nothing
         ("\\boxed{ 5 }", "5"),
-        ("\\boxed{}", ""),
-        ("\\boxed{5", None),
-        ("\\boxedness{5}", None),
-        ("{5}", None),
+        ("#### 5\n#### 1,234,567\n", "1234567"),
+        ("####-5", "-5"),
+        ("#### (1,2)", "(1,2)"),
+        ("#### 3, 4", "3, 4"),
+        ("#### 72\n(checked in 2 ways)", "72"),
     ],
 )
-def test_last_boxed(solution: str, boxed: str | None):
-    assert last_boxed(solution) == boxed
+def test_solutions(solution: str, answer: str) -> None:
+    """The answer is what `math_accuracy` reads in the solution as a completion."""
+    assert read_answers("solution", solution) == read_answers("answer", solution) == [answer]
 
 
-@pytest.mark.parametrize(
-    ("solution", "final"), [("#### 5\n#### 1,234,567\n", "1234567"), ("####-5", "-5"), ("5", None), ("####", "")]
-)
-def test_gsm8k_final(solution: str, final: str | None):
-    assert gsm8k_final(solution) == final
+@pytest.mark.parametrize("answer", ["\\boxed{}", "\\boxed{5", "####", "$$", "\\quad", ".", "\\boxed{$$}"])
+def test_what_holds_no_answer(answer: str) -> None:
+    with pytest.raises(FieldError, match=r"holds no answer|without an answer"):
+        read_answers("answer", answer)
+
+
+@pytest.mark.parametrize("solution", ["\\boxedness{5}", "{5}", "5"])
+def test_a_solution_needs_a_mark(solution: str) -> None:
+    with pytest.raises(FieldError, match="a solution without an answer"):
+        read_answers("solution", solution)
 
 
 class TestRow:

@@ -53,6 +53,19 @@ def at_start(model: Any, data: Any, rewards: Any = None, **kwargs: Any) -> str:
     return str(caught.value)
 
 
+# Rewards' columns
+
+
+@pytest.mark.parametrize("answers", [["$$"], "\\boxed{5", [], float("nan")])
+def test_accepted_answers_that_are_none(answers: Any) -> None:
+    rows = [*prompts(2), {"prompt_ids": [1], "answers": answers}]
+    rows = [{"answers": ["5"], **row} for row in rows]
+    message = at_start(tiny_model(), rows, "math_accuracy", tokenizer=letters_tokenizer())
+    assert message.startswith("train_dataset, row 3: reward 'math_accuracy': column 'answers': ")
+    # Another function may mean anything by it.
+    GVPOTrainer(tiny_model(), rows, first_token, config=settings())
+
+
 # Prompts, tokenizer, model
 
 

@@ -261,9 +261,10 @@ def _check_columns(
     """What is kept must be JSON, and reach the functions; the template must be one."""
     from gvpo.rewards.calling import check_signatures
     from gvpo.sources.dataset import column_names
-    from gvpo.training.data_checks import check_columns
+    from gvpo.training.data_checks import check_answers, check_columns
 
     for one in tasks:
         rows = one.rows(template or "plain")
         check_columns(rows)
         check_signatures(functions[one.reward], column_names(rows))
+        check_answers(rows, functions[one.reward])

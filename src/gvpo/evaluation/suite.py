@@ -16,6 +16,7 @@ from gvpo.rewards.fill import FAILURES
 from gvpo.sampling.sampler import SamplingParams
 from gvpo.sources.dataset import Row
 from gvpo.tasks import SUITES, TASKS, Problem, load_problems, prompt_rows, task_labels
+from gvpo.tasks.problems import PROBLEM_COLUMNS
 
 SEVERAL_TEMPERATURE, SEVERAL_TOP_P = 0.6, 0.95
 """How several completions are drawn where nothing else is said: as DeepSeek-R1 was evaluated (its model card)."""
@@ -159,17 +160,21 @@ def given_completions(file: str, tasks: Sequence[EvalTask]) -> tuple[GivenSource
 def _check_problem(where: str, row: Mapping[str, Any], problem: Problem) -> None:
     """Refuse completions of another problem, where the row says which one they are of."""
     columns = row.get("columns")
-    told = columns.get("problem") if isinstance(columns, Mapping) else row.get("problem")
-    if isinstance(told, str) and told.strip() != problem.text.strip():
-        raise UserError(
-            f"{where}, field 'problem': {told!r:.60}, and the task has {problem.text!r:.60} in this place "
-            f"({problem.where}); give one row a problem, in the task's order"
-        )
+    told = columns if isinstance(columns, Mapping) else row
+    for name in PROBLEM_COLUMNS:
+        text = told.get(name)
+        if isinstance(text, str) and text.strip() != problem.text.strip():
+            raise UserError(
+                f"{where}, field {name!r}: {text!r:.60}, and the task has {problem.text!r:.60} in this place "
+                f"({problem.where}); give one row a problem, in the task's order"
+            )
 
 
 def _given(where: str, row: Any) -> list[Completion]:
     with located(where):
         if isinstance(row, Mapping) and isinstance(row.get("completion"), str):
+            if row.get("completions") is not None:
+                raise UserError("both 'completion' and 'completions'; give one of them")
             row = {"completions": [row["completion"]]}
         if not isinstance(row, Mapping) or row.get("completions") is None:
             raise UserError("no completions; give 'completions', a list of texts, or one text as 'completion'")

@@ -11,7 +11,7 @@ from typing import Any
 
 from gvpo.errors import UserError
 from gvpo.rewards.answers.finding import final_answers
-from gvpo.rewards.answers.latex import LONGEST, plain_latex
+from gvpo.rewards.answers.latex import is_blank
 from gvpo.rewards.equivalence import extract_answer, is_equivalent, readings
 from gvpo.rewards.guard import guarded
 from gvpo.rewards.ready import Texts, completion_text, problem_texts
@@ -65,7 +65,7 @@ def _accepted(value: Any) -> str:
     text = str(value)
     if "\\boxed" in text or "####" in text:
         text = extract_answer(text) or ""
-    if not (text if len(text) > LONGEST else plain_latex(text)).strip():
+    if is_blank(text):
         raise _mistake(value, "holds no answer: give a value, or null for a row that has none")
     return text
 

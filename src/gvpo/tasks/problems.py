@@ -1,21 +1,27 @@
 r"""A problem with its accepted answers, and how rows of data sets and files become one.
 
 Covered: the columns `PROBLEM_COLUMNS` and `ANSWER_COLUMNS`; an answer that is a number, a text, a list of them, a whole
-GSM8K solution (`#### 72`) or, in the column `solution`, a MATH one (`\boxed{72}`). Not covered: problems with images.
+solution, GSM8K's (`#### 72`) or MATH's (`\boxed{72}`), read as `math_accuracy` reads completions. Not covered: problems
+with images.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gvpo.errors import FieldError, UserError, located
+from gvpo.errors import FieldError, UserError, located, shortened
 from gvpo.groups import DATASET_KEYS
-from gvpo.rewards.answers.finding import read_boxes
+from gvpo.rewards.answers.latex import is_blank
+from gvpo.rewards.equivalence import extract_answer
 
 PROBLEM_COLUMNS = ("problem", "question")
+_MARK = re.compile(r"####|\\(?:boxed|fbox)(?![A-Za-z])")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+
 ANSWER_COLUMNS = ("answers", "answer", "final_answer", "solution")
 """Where a row's problem and its answers are looked for: the first that is there and not null."""
 
@@ -71,18 +77,6 @@ def read_answers(column: str, value: Any) -> list[str]:
     return [_answer(f"{column}[{i}]", one, column) for i, one in enumerate(value)]
 
 
-def gsm8k_final(solution: str) -> str | None:
-    """What stands after the last `####` of a GSM8K solution, thousands commas removed; None without one."""
-    _, mark, final = solution.rpartition("####")
-    return final.strip().replace(",", "") if mark else None
-
-
-def last_boxed(solution: str) -> str | None:
-    r"""What is in the last `\boxed{...}` or `\fbox{...}`, or after `\boxed `, as `math_accuracy` reads it; or None."""
-    boxes, unclosed = read_boxes(solution)
-    return boxes[-1].content.strip() if boxes and unclosed < 0 else None
-
-
 def _present(row: Mapping[Any, Any], names: Sequence[str]) -> str:
     for name in names:
         if row.get(name) is not None:
@@ -99,13 +93,14 @@ def _answer(name: str, value: Any, column: str) -> str:
             raise FieldError(name, f"{value} is non-finite; give the accepted answer as a text or a number")
         return str(int(value)) if value == int(value) else repr(value)
     text = _text(name, value, "an accepted answer").strip()
-    if column == "solution":
-        found, mark = last_boxed(text) or gsm8k_final(text), r"in \boxed{} or after ####"
-    else:
-        found, mark = gsm8k_final(text) if "####" in text else text, "after ####"
+    marked = _MARK.search(text)
+    found = extract_answer(text) if marked else None if column == "solution" else text
     if not found:
+        mark = r"in \boxed{} or after ####"
         raise FieldError(name, f"a solution without an answer {mark}; give the answer in a column 'answer'")
-    return found
+    if is_blank(found):
+        raise FieldError(name, f"{shortened(found)!r} holds no answer; give an accepted answer, or remove the row")
+    return found.replace(",", "") if "####" in text and _THOUSANDS.fullmatch(found) else found
 
 
 def _text(name: str, value: Any, what: str) -> str:

@@ -35,6 +35,18 @@ def check_rewards(
             raise UserError(f"{row.where}: no rewards, and no reward function; give reward_funcs")
 
 
+def check_answers(rows: Iterable[Row], functions: Sequence[RewardFunction]) -> None:
+    """What `math_accuracy` is to compare with must be answers. Raises UserError naming the row."""
+    if not any(getattr(one.function, "__module__", None) == "gvpo.rewards.math" for one in functions):
+        return
+    from gvpo.rewards.math import accepted_answers
+
+    for row in rows:
+        if row.columns.get("answers") is not None:
+            with located(row.where):
+                accepted_answers(row.columns["answers"])
+
+
 def check_demonstrations(
     rows: Sequence[Row], specs: Sequence[DemonstrationSpec], functions: Sequence[RewardFunction]
 ) -> None:

@@ -21,7 +21,7 @@ from gvpo.sources.mixture import Mixture
 from gvpo.sources.specs import PolicySpec, Spec, TeacherSpec, read_sources
 from gvpo.training.checkpoint import check_file, find_checkpoint
 from gvpo.training.config import ConfigError, GVPOConfig
-from gvpo.training.data_checks import check_columns, check_demonstrations, check_rewards
+from gvpo.training.data_checks import check_answers, check_columns, check_demonstrations, check_rewards
 from gvpo.training.reference import PARAMETERS, is_checkpoint
 from gvpo.training.samplers import check_sampler
 
@@ -75,6 +75,7 @@ def plan_run(
     check_rewards(brought, eval_rows, functions, config.reward_weights)
     columns = column_names([*rows, *eval_rows])
     check_signatures(functions, columns)
+    check_answers([*rows, *eval_rows], functions)
     if config.output_dir is not None or mixture.replay is not None:
         check_columns([*rows, *eval_rows])
     if rows:

@@ -154,6 +154,11 @@ def trimmed(text: str) -> str:
     return text
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing is left of an answer without its layout."""
+    return not (text if len(text) > LONGEST else plain_latex(text)).strip()
+
+
 def compact(text: str) -> str:
     r"""A form in which two spellings of the same LaTeX are equal: no spaces, no `\text{}`, no needless braces."""
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)

@@ -42,10 +42,11 @@ def _ignore(name: str, value: Any) -> None:
 
 
 class PooledFunction:
-    """A function that a pool calls; as a callable, a reward function like any other."""
+    """A function that a pool calls; as a callable, a reward function like any other, of its module."""
 
     def __init__(self, pool: RewardPool, place: int, name: str, parameters: Sequence[Sequence[Any]] | None) -> None:
         self.pool, self.place, self.__name__ = pool, place, name
+        self.__module__ = pool.entries[place].partition(":")[0]
         if parameters is not None:
             self.__signature__ = inspect.Signature([_parameter(*one) for one in parameters])
 
@@ -137,7 +138,7 @@ class RewardPool:
     """
 
     def __init__(self, entries: Sequence[str], limits: Limits | None = None, *, give_up: bool = True) -> None:
-        self._entries, self._limits, self._give_up = list(entries), limits or Limits(), give_up
+        self.entries, self._limits, self._give_up = list(entries), limits or Limits(), give_up
         self._lock = threading.Lock()
         self._start()
         told = self._running.server.functions
@@ -163,7 +164,7 @@ class RewardPool:
         self._finalizer()
 
     def _start(self) -> None:
-        self._running = _Running(self._entries, self._limits, self._give_up)
+        self._running = _Running(self.entries, self._limits, self._give_up)
         self._finalizer = weakref.finalize(self, self._running.close)
 
 
