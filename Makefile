@@ -13,7 +13,7 @@ test: venv  ## Lint, types, tests.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 test-verl: $(VERL)/.complete  ## Tests of the plug-in for verl, in an environment of its own.
 	$(VERL)/bin/python -m pytest tests/verl_plugin

@@ -41,7 +41,8 @@ def keep_freed_memory() -> None:
     """Have the C library keep what tensors free for the next ones, instead of handing it back to the system.
 
     Every batch would otherwise have its activations' pages mapped and cleared anew: a tenth to a third of an update's
-    time. The process's peak stays what it is. glibc alone; elsewhere nothing happens.
+    time. The price is memory, where batches have many shapes and leave holes (docs/performance.md). glibc alone;
+    elsewhere nothing happens.
     """
     if platform.libc_ver()[0] != "glibc":
         return
