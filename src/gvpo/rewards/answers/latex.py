@@ -146,9 +146,10 @@ def trimmed(text: str) -> str:
 
     Braces around several values are a set's.
     """
-    text = text.strip(' ,;:"`*').lstrip("=\u2248 ")
+    text = text.strip(' ,;:"`*')
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
+    text = text.lstrip("=\u2248 ") or text
     while text.startswith("{") and closing(text, 0) == len(text) - 1 and len(split(text[1:-1], ",")) == 1:
         text = text[1:-1].strip()
     return text

@@ -195,7 +195,7 @@ def _is_unit(word: str, apart: bool, of_answer: bool) -> bool:
     """apart: from the number, by a space; else letters are a product, 2mgh, but for the units that are known."""
     if len(word) == 1:
         return of_answer and apart and word in _UNITS
-    if word in _SIZES or (word in _UNITS and (apart or word != "mg")):
+    if word in _SIZES or (_known(word) and (apart or len(word) > 2 or (word in _UNITS and word != "mg"))):
         return True
     return apart and len(word) > 2 and word.lower() not in _NO_UNITS
 
