@@ -167,7 +167,7 @@ class TestFaults:
         (fresh,) = pool("obedient")
         assert ask(fresh.function, "print 1") == "output"
         out, err = capfd.readouterr()
-        assert out == "" and len(err) == process.SHOWN_OUTPUT
+        assert out == "" and err.endswith(" ...\n") and len(err) == process.SHOWN_OUTPUT + len(" ...\n")
 
 
 class TestCalls:

@@ -279,7 +279,8 @@ class _Printed:
         if shown := text[: max(0, SHOWN_OUTPUT - self._count)]:
             # Nobody may be there to read it, which is not the function's fault.
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                sys.stderr.write(shown.decode(errors="replace"))
+                cut = self._count + len(text) > SHOWN_OUTPUT
+                sys.stderr.write(shown.decode(errors="replace") + " ...\n" * cut)
                 sys.stderr.flush()
         self._count += len(text)
         if self._count > MOST_OUTPUT:
