@@ -291,6 +291,12 @@ def test_repetitions_are_judged():
     draw, pieces = random.Random(0), [*PIECES.split(), " ", ", ", "12,", "1,728", ".5"]
     ends = ["", ",", ".", " =", "\n", "$", "(", "'", " apples"]
     assert final_answers("1,728,816,567 - 5,018,394,658 = 2,282,535,965,382,")
+    assert final_answers("The sum is 1" + " " * 1_900 + "1abcd")
+    assert not is_equivalent("x >" + " " * 400 + "and x <" + " " * 400 + "1=1", "7")
+    assert not is_equivalent("5" + "a^2" * 100 + "+1", "7")
+    assert not is_equivalent("(1," * 4_000, "(1,2)")
+    assert is_equivalent(r"\sqrt{(n^2)!}", "((n^2)!)^{1/2}")
+    assert not is_equivalent("(500n)!", "n")
     for _ in range(1_000):
         text = "".join(draw.choices(pieces, k=draw.choice([1, 2, 3]))) * draw.choice([12, 40, 300]) + draw.choice(ends)
         final_answers(text)

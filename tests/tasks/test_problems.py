@@ -89,10 +89,15 @@ def test_solutions(solution: str, answer: str) -> None:
     assert read_answers("solution", solution) == read_answers("answer", solution) == [answer]
 
 
-@pytest.mark.parametrize("answer", ["\\boxed{}", "\\boxed{5", "####", "$$", "\\quad", ".", "\\boxed{$$}"])
+@pytest.mark.parametrize("answer", ["\\boxed{}", "\\boxed{5", "####"])
 def test_what_holds_no_answer(answer: str) -> None:
-    with pytest.raises(FieldError, match=r"holds no answer|without an answer"):
+    with pytest.raises(FieldError, match="without an answer"):
         read_answers("answer", answer)
+
+
+@pytest.mark.parametrize("answer", ["=", "$$", ".", "for every real number"])
+def test_what_an_answer_is_the_reward_says(answer: str) -> None:
+    assert read_answers("answer", answer) == [answer]
 
 
 @pytest.mark.parametrize("solution", ["\\boxedness{5}", "{5}", "5"])

@@ -8,7 +8,7 @@ out; no conversion of units. Every step is bounded in the length of its input.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gvpo.rewards.answers.finding import final_answers
@@ -53,10 +53,27 @@ def is_equivalent(answer: str, accepted: str) -> bool:
 
 
 def readings(answer: str, accepted: str) -> list[str]:
-    """The answer, the exact part of `exact \u2248 rounded`; where a decimal is accepted, the rounded one too."""
-    asked = plain_number(plain_latex(accepted)) if len(accepted) <= LONGEST >= len(answer) else None
-    parts = split(plain_latex(answer), "\u2248") if asked and asked.unit is not None else [answer]
-    return [answer, parts[-1]] if len(parts) > 1 else [answer]
+    """The answer, and what `exact \u2248 rounded` says where a decimal is accepted: the rounded part, if that is true.
+
+    The answer by itself is the exact part. A rounded part that the exact one contradicts is none.
+    """
+    if "\u2248" not in (plain := plain_latex(answer) if len(answer) <= LONGEST else answer):
+        return [answer]
+    exact, *_, rounded = split(plain, "\u2248") if len(answer) <= LONGEST else [answer, ""]
+    asked, given = _decimal(accepted), _decimal(rounded)
+    if asked is None or given is None or asked.unit is None:
+        return [answer]
+    from gvpo.rewards.answers import expression
+
+    value = expression.real_value(quantity(exact.rpartition("=")[2].strip(), of_answer=True).core)
+    true = value is None or abs(value - given.value) <= (given.unit or 1) / 2
+    return [answer, rounded] if true else [answer]
+
+
+def _decimal(text: str) -> Number | None:
+    answer = read(text)
+    value = answer.items[-1] if answer.kind == "equation" else answer
+    return plain_number(quantity(value.text, of_answer=False).core)
 
 
 # Structure
@@ -65,6 +82,9 @@ def readings(answer: str, accepted: str) -> list[str]:
 def _same(answer: Answer, accepted: Answer) -> bool:
     if answer.text and compact(answer.text) == compact(accepted.text):
         return True
+    given, asked = _named(answer), _named(accepted)
+    if given and given.keys() == asked.keys():
+        return all(_same(given[name], asked[name]) for name in asked)
     if answer.kind == "equation" or accepted.kind == "equation":
         return _same_equation(answer, accepted)
     if answer.label and accepted.label and answer.label != accepted.label:
@@ -74,11 +94,10 @@ def _same(answer: Answer, accepted: Answer) -> bool:
         return _same_value(answer.text, accepted.text)
     if kinds == ("matrix", "matrix") or (kinds[0] in _ORDERED and kinds[1] in _ORDERED):
         return _brackets_fit(answer, accepted) and _in_order(answer.items, accepted.items)
-    if answer.kind == "list" and _is_tuple(accepted):
-        return _in_order(_by_label(answer.items) or answer.items, accepted.items)  # x = 1, y = 2 for the point (1, 2)
-    if accepted.kind == "list" and (named := _by_label(accepted.items)) and _by_label(answer.items) is None:
-        in_order = named if _is_tuple(answer) else [item.items[-1] for item in accepted.items]
-        return _in_order(answer.items, in_order)
+    if answer.kind == "list" and _is_tuple(accepted):  # x = 1, y = 2 for the point (1, 2)
+        return _in_order(_in_order_of_names(_named(answer)) or answer.items, accepted.items)
+    if answer.kind in ("list", "tuple", "interval") and (names := _named(accepted)) and not _named(answer):
+        return _in_order(answer.items, _in_order_of_names(names) if _is_tuple(answer) else list(names.values()))
     if "set" in kinds and set(kinds) <= {"set", "list", "leaf"}:
         return _as_sets(_parts(answer), _parts(accepted))
     if accepted.kind == "list" and answer.kind in ("list", "tuple", "leaf", "interval"):
@@ -96,12 +115,26 @@ def _is_tuple(answer: Answer) -> bool:
     return answer.kind == "tuple" or (answer.kind == "interval" and answer.brackets == "()" and not answer.label)
 
 
-def _by_label(items: Sequence[Answer]) -> list[Answer] | None:
-    """The values of x = 1, y = 2, in the order of their labels; None where not all have one of their own."""
-    labels = {item.label for item in items if item.kind == "equation" and item.label}
-    if len(labels) < len(items) or len(items) < 2:
-        return None
-    return [item.items[-1] for item in sorted(items, key=lambda item: item.label)]
+def _named(answer: Answer) -> dict[str, Answer]:
+    """The unknowns and their values in x = 1, y = 2 or (x, y) = (1, 2); empty where it is no such answer.
+
+    Those of roots, x_1 = 1, x_2 = 2, and of functions, f(x) = x, are no unknowns: these come in any order.
+    """
+    if answer.kind == "equation" and answer.label.startswith("(") and len(answer.items) == 2:
+        names, values = answer.label[1:-1].split(","), answer.items[-1].items
+    elif answer.kind == "list" and all(item.kind == "equation" and item.label for item in answer.items):
+        names, values = [item.label for item in answer.items], tuple(item.items[-1] for item in answer.items)
+    else:
+        return {}
+    bases = {name.partition("_")[0] for name in names}
+    alone = len(set(names)) == len(names) == len(values) == len(bases) > 1
+    return dict(zip(names, values, strict=True)) if alone and not any("(" in name for name in names) else {}
+
+
+def _in_order_of_names(named: Mapping[str, Answer]) -> list[Answer]:
+    """Those of x, y, z and a, b, c, d in alphabetical order; others as they are written: r before \u03b8."""
+    known = any(named.keys() <= set(letters) for letters in ("xyz", "abcd"))
+    return [named[name] for name in (sorted(named) if known else named)]
 
 
 def _parts(answer: Answer) -> tuple[Answer, ...]:
@@ -270,4 +303,4 @@ def _by_algebra(answer: Answer, accepted: Answer) -> bool:
     return expression.same_expression(answer.text, accepted.text)
 
 
-_SET_SIGN = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset|ne|le|ge)(?![A-Za-z])|[<>\[\]]|\(.*,.*\)")
+_SET_SIGN = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset|ne|le|ge)(?![A-Za-z])|[<>\[\]]|\A[^(]*+\([^,]*+,.*\)")

@@ -55,7 +55,7 @@ Is the student's final answer the accepted one? Reply with one word: Correct or 
 """
 # Whatever a reader could take for one of the prompt's own tags, with other brackets, strokes and white space too.
 _TAG = re.compile(
-    r"[<\u2039\u2329\u27e8\u3008\ufe64\uff1c](?=\s*[/\u2044\u2215\uff0f\\]?\s*(?:problem|output|accepted)\b)", re.I
+    r"[<\u2039\u2329\u27e8\u3008\ufe64\uff1c](?=\s*+[/\u2044\u2215\uff0f\\]?\s*+(?:problem|output|accepted)\b)", re.I
 )
 _VERDICT = re.compile(r"\W*(correct|incorrect)\W*", re.IGNORECASE)
 

@@ -51,7 +51,8 @@ def is_undone(answer: str, accepted: str, problem: str) -> bool:
     if given.kind != "equation" or asked.kind == "equation":
         return undone(given)
     sides = [side for side in given.items if not given.label or compact(side.text) != given.label]
-    return all(undone(side) or not is_equivalent(side.text, accepted) for side in sides)
+    right = [side for side in sides if is_equivalent(side.text, accepted)]
+    return bool(right) and all(undone(side) for side in right)
 
 
 def _values(answer: Answer) -> list[str]:

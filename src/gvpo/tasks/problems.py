@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gvpo.errors import FieldError, UserError, located, shortened
+from gvpo.errors import FieldError, UserError, located
 from gvpo.groups import DATASET_KEYS
-from gvpo.rewards.answers.latex import is_blank
 from gvpo.rewards.equivalence import extract_answer
 
 PROBLEM_COLUMNS = ("problem", "question")
@@ -98,8 +97,6 @@ def _answer(name: str, value: Any, column: str) -> str:
     if not found:
         mark = r"in \boxed{} or after ####"
         raise FieldError(name, f"a solution without an answer {mark}; give the answer in a column 'answer'")
-    if is_blank(found):
-        raise FieldError(name, f"{shortened(found)!r} holds no answer; give an accepted answer, or remove the row")
     return found.replace(",", "") if "####" in text and _THOUSANDS.fullmatch(found) else found
 
 

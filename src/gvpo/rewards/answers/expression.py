@@ -31,9 +31,11 @@ T = TypeVar("T")
 DIGITS = 250  # of every value, so that 100 are left after any cancellation in an answer
 AGREE = "1e-100"  # difference of values that count as equal: of values below 1, relative
 NOTHING = "1e-200"  # below it a value is zero: what cancellation leaves
-POINTS, FAR = 4, 4  # near zero; and far from it, where there are absolute values and the like
+POINTS = 4
+FAR = range(POINTS, 2 * POINTS)  # points further from zero, where there are absolute values and the like
 LARGEST_BITS = 20_000  # of a number, some 6,000 digits
 LARGEST_ARGUMENT = 10_000  # of a factorial, an exponential or a trigonometric function
+LARGEST_BETWEEN = 500  # of a factorial between whole numbers, which takes long
 
 mp = MPContext()  # not mpmath's, whose precision others set
 _lock = threading.RLock()  # it has one precision for all threads
@@ -55,11 +57,12 @@ def same_expression(answer: str, accepted: str) -> bool:
     """Whether two single values in plain LaTeX are equal; False where either cannot be read, or is too large to be."""
     if parsed(answer) is None or parsed(accepted) is None:
         return False
-    values, expected = _values_of_both(answer, accepted)
+    values, expected = _values(answer), _values(accepted)
     if values is None or expected is None:
         return not isinstance(parsed(accepted), sympy.Expr) and _verified(answer, accepted)
     size = max(len(values), len(expected))  # one without variables has one value at all points
-    return all(map(_close, values * (size // len(values)), expected * (size // len(expected))))
+    near = all(map(_close, values * (size // len(values)), expected * (size // len(expected))))
+    return near and _close_far(answer, accepted)
 
 
 @_one_at_a_time
@@ -68,7 +71,7 @@ def same_equation(answer: tuple[str, str], accepted: tuple[str, str]) -> bool:
     first, second = (f"({left})-({right})" for left, right in (answer, accepted))
     if parsed(first) is None or parsed(second) is None or free_symbols(first) != free_symbols(second):
         return False
-    values, expected = _values_of_both(first, second)
+    values, expected = _values(first), _values(second)
     if values is None or expected is None or len(values) == 1:  # with one value there is no unknown
         return False
     with mp.workdps(DIGITS + LARGEST_BITS // 3):
@@ -93,9 +96,12 @@ def real_value(text: str) -> Fraction | None:
 # Values
 
 
-def _values_of_both(first: str, second: str) -> tuple[list[Any] | None, list[Any] | None]:
-    far = _has_pieces(parsed(first)) or _has_pieces(parsed(second))
-    return _values(first, far), _values(second, far)
+def _close_far(answer: str, accepted: str) -> bool:
+    """Whether nothing differs further from zero, where both have values there."""
+    if not (_has_pieces(parsed(answer)) or _has_pieces(parsed(accepted))):
+        return True
+    pairs = [(_value_at(answer, point), _value_at(accepted, point)) for point in FAR]
+    return all(_close(one, other) for one, other in pairs if one is not None and other is not None)
 
 
 def _has_pieces(expression: Any) -> bool:
@@ -107,11 +113,18 @@ def _has_pieces(expression: Any) -> bool:
 
 
 @lru_cache(maxsize=8192)
-def _values(text: str, far: bool = False) -> list[Any] | None:
-    symbols = free_symbols(text)
-    points = (POINTS + FAR if far else POINTS) if symbols else 1
+def _values(text: str) -> list[Any] | None:
+    values: list[Any] = []
+    for point in range(POINTS if free_symbols(text) else 1):
+        values.append(_value_at(text, point))
+        if values[-1] is None:
+            return None
+    return values
+
+
+def _value_at(text: str, point: int) -> Any:
     try:
-        return [_value(parsed(text), symbols, point) for point in range(points)]
+        return _value(parsed(text), free_symbols(text), point)
     except (_NoValue, ArithmeticError, ValueError, RecursionError, mp.NoConvergence):
         return None
 
@@ -128,10 +141,10 @@ def _value(expression: Any, symbols: tuple[Any, ...], point: int, digits: int = 
 def _coordinate(name: str, point: int) -> Any:
     """Between 0.3 and 2.7, the same for a name in all expressions; from the third point on of either sign.
 
-    The far ones are 20 times as far from zero.
+    The far ones are six times as far from zero.
     """
     number = zlib.crc32(f"{name} {point}".encode())
-    return mp.mpf((300 + number % 2_400) * (1 if point < POINTS else 20)) / (
+    return mp.mpf((300 + number % 2_400) * (6 if point in FAR else 1)) / (
         -997 if point >= 2 and number & 4_096 else 997
     )
 
@@ -191,12 +204,18 @@ def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
     return applied
 
 
+def _factorial(value: Any) -> Any:
+    if abs(value) > (LARGEST_ARGUMENT if mp.isint(value) else LARGEST_BETWEEN):
+        raise _NoValue
+    return mp.factorial(value)
+
+
 def _rounded(function: Callable[[Any], Any], sign: int) -> Callable[[Any], Any]:
     # A whole number may have come out a little too small or too large.
     return lambda value: function(mp.re(value) + sign * mp.mpf(NOTHING))
 
 
-_SAME_NAME = "exp factorial sin cos tan cot sec csc asin acos atan sinh cosh tanh"
+_SAME_NAME = "exp sin cos tan cot sec csc asin acos atan sinh cosh tanh"
 _CONSTANTS: dict[Any, Callable[[], Any]] = {
     sympy.pi: lambda: +mp.pi,
     sympy.E: lambda: +mp.e,
@@ -212,6 +231,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     sympy.log: lambda value, base=mp.e: mp.log(value) / mp.log(base),
     sympy.UnevaluatedExpr: lambda value: value,
 } | {getattr(sympy, name): _limited(getattr(mp, name)) for name in _SAME_NAME.split()}
+_FUNCTIONS[sympy.factorial] = _factorial
 
 
 def _close(one: Any, other: Any) -> bool:

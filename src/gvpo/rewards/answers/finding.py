@@ -208,7 +208,7 @@ def _trimmed(text: str, run: re.Match[str]) -> str:
     if run.start() and text[run.start() - 1].isalnum():
         found = found.lstrip("-\u2212")
     if text[run.end() : run.end() + 1].isalpha() or text[run.end() : run.end() + 1] in ("&", "'", "\u2019"):
-        found = re.sub(r"\s+[A-Za-z]?\s*$", "", found)
+        found = re.sub(r"(?<!\s)\s++[A-Za-z]?\s*+$", "", found)
     found = _EDGE_WORDS.sub("", found).rstrip(_EDGES + "([").lstrip(" ,;:=*/^_<>+")
     for opening, closing in (("([", ")]"), ("{", "}")):
         opened, closed = (sum(map(found.count, signs)) for signs in (opening, closing))

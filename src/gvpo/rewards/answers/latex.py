@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 
 LONGEST = 1_000  # characters of an answer that is read; longer ones are compared as they stand
 
@@ -55,22 +56,42 @@ _FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|Delta|Omega"
 
 # Of "for all x", not the next function, as in "f(x) = x for all x, or f(x) = -x for all x".
-_THE_REST = r"(?:(?!(?:[,;]|\\text\{\s*,?\s*(?:and|or)(?![a-z])|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))[^=]{1,80}=).)*"
+_NEXT = (
+    r"(?:[,;]|\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))\s*[A-Za-z]\([A-Za-z, ]{1,9}\)\s*="
+)
+_THE_REST = rf"(?:(?!{_NEXT}).)*"
 
-# x > 2 and x < 3: one interval, not two values of a list.
-_BOUND = r"\s*([^,<>=]{1,80}?)\s*"
-_AND = r"(?:\\text\{\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z]))\s*"
-_BOTH = [
-    rule
-    for more, less in ((">", "<"), (r"\\ge(?![a-z])", r"\\le "))
-    for rule in (
-        (rf"^\s*([A-Za-z])\s*{more}{_BOUND}{_AND}\1\s*(<|\\le(?![a-z])){_BOUND}$", rf"\2{less}\1\3 \4"),
-        (rf"^\s*([A-Za-z])\s*(<|\\le(?![a-z])){_BOUND}{_AND}\1\s*{more}{_BOUND}$", rf"\4{less}\1\2 \3"),
-    )
-]
+_NAME = r"([A-Za-z]|\\[A-Za-z]+)\s*"
+_SIGN = r"(<|>|\\[lg]e(?![a-z]))\s*"
+_AND = r"\s*,?\s*(?:\\text\{\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])|\\(?:land|wedge)(?![a-z]))\s*"
+_BOTH = rf"^\s*{_NAME}{_SIGN}([^,<>=]{{1,80}}?){_AND}\1\s*{_SIGN}([^,<>=]{{1,80}})$"
+
+
+def _interval(match: re.Match[str]) -> str:
+    """x > 2 and x < 3 as 2 < x < 3; as it is, where no number fulfils it and a union must be meant."""
+    name, *bounds = match.groups()
+    low = [(sign, bound) for sign, bound in (bounds[:2], bounds[2:]) if sign in (">", r"\ge")]
+    high = [(sign, bound) for sign, bound in (bounds[:2], bounds[2:]) if sign in ("<", r"\le")]
+    if len(low) != 1 or _is_less(high[0][1], low[0][1]):
+        return match[0]
+    return f"{low[0][1]} {'<' if low[0][0] == '>' else chr(92) + 'le'} {name} {high[0][0]} {high[0][1]}"
+
+
+def _is_less(one: str, other: str) -> bool:
+    try:
+        return float(one.strip(" .")) < float(other.strip(" ."))
+    except ValueError:
+        return False
+
+
+def _mixed_number(match: re.Match[str]) -> str:
+    """1 100/101; and not 12 500/7, whose space is between thousands."""
+    whole, top, bottom = match.groups()
+    return rf"{whole}\frac{{{top}}}{{{bottom}}}" if int(top) < int(bottom) else match[0]
+
 
 # In this order. Each is linear in the text's length.
-_REWRITES: list[tuple[re.Pattern[str], str]] = [
+_REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\(?:boxed|fbox)\s*(?=\{)", ""),
@@ -106,9 +127,10 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (rf"\\(?:{_FONTS})\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
         (rf"\\(?:{_FONTS})\s*\{{\s*([ei])\s*\}}", r"\1"),
         (rf"\\(?:{_FONTS})\s*\{{", r"\\text{"),
-        (rf"(?<![A-Za-z])\\text\{{\s*for (?:all|any|every|each)(?![a-z]){_THE_REST}", ""),
-        (rf",?\s*(?:\\forall|(?<![A-Za-z\\])for (?:all|any|every|each))(?![a-z]){_THE_REST}", ""),
-        *_BOTH,
+        (rf"(?<=[^\s,])\s*,?\s*\\text\{{\s*,?\s*for (?:all|any|every|each)(?![a-z]){_THE_REST}", ""),
+        (rf"(?<=[^\s,])\s*,?\s*(?:\\forall|(?<![A-Za-z\\])for (?:all|any|every|each))(?![a-z]){_THE_REST}", ""),
+        (r"\s+", " "),
+        (_BOTH, _interval),
         (r"\\text\{\s*,?\s*(?:and|or),?\s*\}|(?<![\\A-Za-z])(?:and|or)(?![A-Za-z])|\\(?:lor|vee)(?![a-z])", ","),
         (r"\\text\{\s*(?:percent|percentage|\\?%)\s*\}|\\%|(?<![A-Za-z])percent(?:age)?(?![a-z])", "%"),
         (rf"(?<![A-Za-z\\])({_FUNCTIONS}|{_GREEK}|sqrt|pi|frac)(?=[\s(^{{\\+*/,)\]}}_-]|$)", r"\\\1 "),
@@ -118,8 +140,8 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
         (r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(\\prime)(?![a-z])", r"\1\2"),
         (r"\\prime(?![a-z])\s*", "'"),
-        (r"(?<=\d) (?=\d{3}(?![\d/]))", ""),
-        (r"(?<![\d.])(\d+) ([1-9]\d*)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+        (r"(?<![\d.])(?<!\d )(\d{1,30}) ([1-9]\d{0,29})/(\d{1,30})(?![\d.])", _mixed_number),
+        (r"(?<=\d) (?=\d{3}(?!\d))", ""),
         (r"\s+", " "),
     ]
 ]
@@ -174,11 +196,13 @@ def _scripts(text: str, characters: dict[str, str], mark: str) -> str:
 
 # Equations one below the other; with an & there are conditions beside them.
 _CASES = re.compile(r"\\begin\{cases\}([^&]*?)\\end\{cases\}")
-_REPEATING = re.compile(r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s*\{\s*(\d{1,30})\s*\}(?!\d)")
+_REPEATING = re.compile(
+    r"(?<![\d.,])(\d{1,3}(?:,\d{3}){1,9}|\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s*(?:\{\s*(\d{1,30})\s*\}|(\d))(?!\d)"
+)
 
 
 def _repeating_decimal(match: re.Match[str]) -> str:
-    start, period = match[1] + match[2], match[3]
+    start, period = match[1].replace(",", "") + match[2], match[3] or match[4]
     return rf"\frac{{{int(start + period) - int(start or 0)}}}{{{(10 ** len(period) - 1) * 10 ** len(match[2])}}}"
 
 

@@ -138,7 +138,7 @@ _END_MARK = re.compile(
     r"(?P<text>\\text\{[^{}]*\})(?:\s*\^\s*(?:\{[^{}]*\}|[-+]?\d))?$"
     r"|(?P<degree>\^\s*\\circ\s*(?:[CF]|\\text\{\s*[CF]\s*\})?)$|(?P<prime>(?<=\d)\s*\^?'{1,2})$|(?P<percent>%)$"
 )
-_WORDS = re.compile(r"(?P<core>.*?[\d})])(?P<gap>\s*)(?P<words>[A-Za-z\u00b5](?:[A-Za-z\u00b5 /{}.-]|\^\{?-?\d\}?)*)$")
+_WORDS = re.compile(r"(?P<core>.*?[\d})])(?P<gap>\s*)(?P<words>[A-Za-z\u00b5](?:[A-Za-z\u00b5 /{}.-]|\^\{?-?\d)*+)$")
 
 
 @lru_cache(maxsize=8192)
@@ -159,6 +159,8 @@ def quantity(text: str, *, of_answer: bool) -> Quantity:
         match = _END_MARK.search(text)
         core = text[: match.start()].rstrip(" /\\,") if match else ""
         if match is None or not core or (match["degree"] and _TRIGONOMETRIC.search(core)):
+            break
+        if match["prime"] and plain_number(core) is None:  # of x_1', no minutes
             break
         units |= _degrees(match["degree"]) if match["degree"] else _known(match["text"] or "")
         percent = percent or match["percent"] is not None

@@ -62,7 +62,7 @@ _PARSER_REWRITES: list[tuple[re.Pattern[str], str]] = [
     ]
 ]
 # It reads x' as x.
-_PRIMED = re.compile(r"(\\[A-Za-z]+|[A-Za-z])\s*(?:_\s*(?:\{([^{}]*)\}|(\w)))?\s*('+)")
+_PRIMED = re.compile(r"(\\[A-Za-z]+|[A-Za-z])\s*('*)\s*(?:_\s*(?:\{([^{}]*)\}|(\w)))?\s*('*)")
 # Its imaginary unit is I, which is I in all powers unless it is in braces; it takes no index after E, and gamma for a
 # function.
 _LETTERS = {"i": "I", "I": r"\Upsilon ", "E": r"\Xi ", r"\gamma": r"\varsigma"}
@@ -73,7 +73,7 @@ _POINT = re.compile(r"(\d*)\.(\d+)(\s*\^)?")
 def _for_parser(text: str) -> str:
     for pattern, replacement in _PARSER_REWRITES:
         text = pattern.sub(replacement, text)
-    text = _PRIMED.sub(lambda m: f"{m[1]}_{{{m[2] or m[3] or ''}{'p' * len(m[4])}}}", text)
+    text = _PRIMED.sub(_primed, text)
     if "'" in text:
         raise ValueError(text)
     while (start := text.find(r"\binom{")) >= 0:  # the parser evaluates it at once
@@ -85,6 +85,11 @@ def _for_parser(text: str) -> str:
         text = rf"{text[:start]}\frac{{({top})!}}{{({bottom})!(({top})-({bottom}))!}}{text[last + 1 :]}"
     text = _LETTER.sub(_letter, text)
     return _POINT.sub(_exact_decimal, text)
+
+
+def _primed(match: re.Match[str]) -> str:
+    primes = len(match[2] + match[5])
+    return f"{match[1]}_{{{match[3] or match[4] or ''}{'p' * primes}}}" if primes else match[0]
 
 
 def _letter(match: re.Match[str]) -> str:

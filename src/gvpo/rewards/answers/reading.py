@@ -83,7 +83,7 @@ def _approximation(text: str, depth: int) -> Answer | None:
     if len(parts) == 1:
         return None
     name = parts[0].strip()
-    named = _LABEL.fullmatch(name) and name not in (r"\pi", "e", "i")
+    named = _LABEL.fullmatch(name) and name not in (r"\pi", "e")
     return _read("=".join(parts) if named else name, depth)
 
 
@@ -158,9 +158,10 @@ def _set(text: str, depth: int) -> Answer | None:
     described = split(inner, r"\\mid(?![a-z])|[|:]")
     if len(described) == 2:
         # Of x | x > 2 the condition alone; 3n | n in Z is a family.
-        label = compact(split(described[0], r"\\in(?![a-z])")[0])
-        constrained = _LABEL.fullmatch(label) and label in compact(described[1])
-        return _read(described[1], depth) if constrained else Answer("leaf", text)
+        label, condition = compact(split(described[0], r"\\in(?![a-z])")[0]), compact(described[1])
+        if _LABEL.fullmatch(label) and all(name in condition for name in label.strip("()").split(",")):
+            return _read(described[1], depth)
+        return Answer("leaf", rf"\{{{described[0].strip()}|{described[1].strip()}\}}")
     items = _items(_between_commas(f"{inner},"), depth)
     return Answer("set", text, items) if items else Answer("leaf", r"\emptyset")
 

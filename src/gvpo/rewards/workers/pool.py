@@ -53,8 +53,8 @@ class PooledFunction:
     def submit(self, name: str, arguments: Mapping[str, Any], count: int) -> Future[Output]:
         """Have `count` members scored; arguments: by name, a list of one value per member, None, or `trainer_state`.
 
-        name: what messages call the function. The future raises UserError as `worker.call` does, and where `GIVE_UP`
-        members in a row have failed.
+        name: what messages call the function. The future raises UserError as `worker.call` does, and, of a pool that
+        gives up, where `GIVE_UP` members in a row have failed.
         """
         state = arguments.get("trainer_state")
         if hasattr(state, "__dict__"):
