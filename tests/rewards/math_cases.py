@@ -563,6 +563,8 @@ CASES: dict[str, list[Case]] = {
         (r"\boxed{\pm 2}", "x_1=-2, x_2=2", True, "two roots"),
         (r"\boxed{1, n}", "$f(n)=n$, $g(n)=1$", True, "two functions"),
         (r"\boxed{-5\approx 12.6}", "12.6", False, "two guesses"),
+        (r"\boxed{7, 12.6 \approx 12.6}", "12.6", False, "two guesses"),
+        (r"\boxed{10Dollars}", "10", True, "a known unit"),
         (r"\boxed{\sqrt{2}\approx 1.42}", "1.42", False, "no rounding"),
         (r"\boxed{39.27 \approx 39.3}", r"39.3\text{ cm}", True, "the decimal that is asked for"),
         (r"\boxed{A=12.57\approx 12.6}", "A = 12.6", True, "the decimal that is asked for"),

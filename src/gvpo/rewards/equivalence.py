@@ -61,7 +61,7 @@ def readings(answer: str, accepted: str) -> list[str]:
         return [answer]
     exact, *_, rounded = split(plain, "\u2248") if len(answer) <= LONGEST else [answer, ""]
     asked, given = _decimal(accepted), _decimal(rounded)
-    if asked is None or given is None or asked.unit is None:
+    if asked is None or given is None or asked.unit is None or read(exact).kind not in ("leaf", "equation"):
         return [answer]
     from gvpo.rewards.answers import expression
 

@@ -188,7 +188,10 @@ def _degrees(mark: str) -> set[str]:
 
 def _known(words: str) -> set[str]:
     found = re.findall("[A-Za-z\u00b5]+", words.removeprefix(r"\text"))
-    spellings = [(word, word.removesuffix("s"), *([word.lower()] if len(word) > 2 else [])) for word in found]
+    spellings = [
+        (word, word.removesuffix("s"), *([word.lower(), word.lower().removesuffix("s")] if len(word) > 2 else []))
+        for word in found
+    ]
     names = [next((one for one in spelling if one in _UNITS), None) for spelling in spellings]
     return {_UNITS[name] for name in names if name}
 
