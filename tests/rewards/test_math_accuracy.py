@@ -12,7 +12,7 @@ from gvpo.errors import UserError
 from gvpo.rewards import equivalence
 from gvpo.rewards import math as rewards_math
 from gvpo.rewards.answers.finding import final_answers
-from gvpo.rewards.equivalence import extract_answer, is_equivalent
+from gvpo.rewards.equivalence import extract_answer, is_equivalent, readings
 from gvpo.rewards.math import math_accuracy
 from rewards.math_cases import CASES, Case
 
@@ -283,6 +283,23 @@ def test_any_text_is_judged():
         for accepted in ("7", "(1,2)", draw.choice(pieces)):
             is_equivalent(text, accepted)
         final_answers(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (r"\sqrt2 \approx 1.41", ["1.41"]),
+        (r"\approx 1.41", []),
+        (r"$\approx$ 1.41", []),
+        (r"1.41 \approx", []),
+        (r"\{1 \approx 1.41\}", []),
+        (r"2 \approx 1.41", []),
+        (r"1, 1.41 \approx 1.41", []),
+    ],
+)
+def test_rounded_parts(answer: str, said: list[str]) -> None:
+    assert [one.strip() for one in readings(answer, "1.41")] == [answer, *said]
+    assert readings(answer, "7") == [answer]
 
 
 @pytest.mark.usefixtures("deadline")

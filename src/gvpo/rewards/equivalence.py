@@ -57,17 +57,21 @@ def readings(answer: str, accepted: str) -> list[str]:
 
     The answer by itself is the exact part. A rounded part that the exact one contradicts is none.
     """
-    if "\u2248" not in (plain := plain_latex(answer) if len(answer) <= LONGEST else answer):
+    if len(answer) > LONGEST or not _APPROXIMATE.search(answer):
         return [answer]
-    exact, *_, rounded = split(plain, "\u2248") if len(answer) <= LONGEST else [answer, ""]
+    parts = split(plain_latex(answer), "\u2248")
+    exact, rounded = parts[0], parts[-1]
     asked, given = _decimal(accepted), _decimal(rounded)
-    if asked is None or given is None or asked.unit is None or read(exact).kind not in ("leaf", "equation"):
+    if len(parts) == 1 or not asked or not given or not asked.unit or read(exact).kind not in ("leaf", "equation"):
         return [answer]
     from gvpo.rewards.answers import expression
 
     value = expression.real_value(quantity(exact.rpartition("=")[2].strip(), of_answer=True).core)
     true = value is None or abs(value - given.value) <= (given.unit or 1) / 2
     return [answer, rounded] if true else [answer]
+
+
+_APPROXIMATE = re.compile(r"\u2248|\\(?:approx|simeq)")
 
 
 def _decimal(text: str) -> Number | None:

@@ -147,9 +147,15 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
 ]
 
 
+_PLAIN = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")  # nothing to rewrite: most answers
+
+
 def plain_latex(text: str) -> str:
     r"""The answer in plain LaTeX: `\frac{1}{2}` for ½, \dfrac12 and \dfrac{1}{2}, no longer than some times `text`."""
-    text = re.sub("\u221a\\s*(\\d+)", r"\\sqrt{\1}", text.strip(" *`\n")).translate(_CHARACTERS)
+    text = text.strip(" *`\n")
+    if _PLAIN.fullmatch(text):
+        return text
+    text = re.sub("\u221a\\s*(\\d+)", r"\\sqrt{\1}", text).translate(_CHARACTERS)
     if not text.isascii():
         text = _scripts(_scripts(text, _SUPERSCRIPTS, "^"), _SUBSCRIPTS, "_")
         text = re.sub(r"[\u00bc-\u00be\u2150-\u215e]", _vulgar_fraction, text)
