@@ -312,6 +312,7 @@ def test_repetitions_are_judged():
     assert not is_equivalent("x >" + " " * 400 + "and x <" + " " * 400 + "1=1", "7")
     assert not is_equivalent("5" + "a^2" * 100 + "+1", "7")
     assert not is_equivalent("(1," * 4_000, "(1,2)")
+    assert len(final_answers("\\boxed{" * 100_000 + "}" * 100_000)) == 1
     assert is_equivalent(r"\sqrt{(n^2)!}", "((n^2)!)^{1/2}")
     assert not is_equivalent("(500n)!", "n")
     for _ in range(1_000):

@@ -98,20 +98,21 @@ def read_boxes(text: str) -> tuple[list[Box], int]:
     """The closed boxes that are in no other closed box; and where a later box opens that never closes, else -1."""
     if "boxed" not in text and "fbox" not in text:
         return [], -1
-    boxes: list[Box] = []
+    found: list[tuple[int, int, slice]] = []  # start, end and content, which is cut out once the outermost are known
     opened: list[re.Match[str]] = []
     for match in _BOX.finditer(text):
         token = match[0]
         if match["bare"]:
-            boxes.append(Box(match.start(), match.end(), match["bare"]))
+            found.append((match.start(), match.end(), slice(*match.span("bare"))))
         elif token[-1] == "{" and token != "\\{":
             opened.append(match)
         elif token == "}" and opened:
             opening = opened.pop()
             if len(opening[0]) > 1:
-                while boxes and boxes[-1].start > opening.start():
-                    boxes.pop()
-                boxes.append(Box(opening.start(), match.end(), text[opening.end() : match.start()]))
+                while found and found[-1][0] > opening.start():
+                    found.pop()
+                found.append((opening.start(), match.end(), slice(opening.end(), match.start())))
+    boxes = [Box(start, end, text[content]) for start, end, content in found]
     unclosed = [match.start() for match in opened if len(match[0]) > 1]
     last = boxes[-1].end if boxes else -1
     return boxes, unclosed[-1] if unclosed and unclosed[-1] >= last else -1
