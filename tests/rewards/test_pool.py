@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import random
@@ -33,6 +34,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def found_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
+    monkeypatch.setenv("FAULTY_OF", str(os.getpid()))  # whose the processes are: other tests may run beside these
 
 
 @pytest.fixture
@@ -62,9 +64,15 @@ def sleepers() -> list[int]:
     """The daemons of `faulty`, wherever they hang in the tree of processes."""
     found = []
     for one in psutil.process_iter(["cmdline"]):
-        if one.info["cmdline"] == ["sleep", "3600.5"] and one.status() != psutil.STATUS_ZOMBIE:
+        if one.info["cmdline"] == ["sleep", "3600.5"] and one.status() != psutil.STATUS_ZOMBIE and is_ours(one):
             found.append(one.pid)
     return found
+
+
+def is_ours(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.environ().get("FAULTY_OF") == str(os.getpid())
+    return False
 
 
 def group(*texts: str, prompt: Any = "p", **columns: Any) -> Group:
@@ -318,7 +326,9 @@ def servers() -> list[int]:
     return [
         one.pid
         for one in psutil.process_iter(["cmdline"])
-        if any("fork_server" in part for part in one.info["cmdline"] or []) and "faulty:obedient" in one.info["cmdline"]
+        if any("fork_server" in part for part in one.info["cmdline"] or [])
+        and "faulty:obedient" in one.info["cmdline"]
+        and is_ours(one)
     ]
 
 
