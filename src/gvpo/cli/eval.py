@@ -258,7 +258,7 @@ def _refuse(options: Mapping[str, Any], reason: str) -> None:
 def _check_columns(
     tasks: Sequence[EvalTask], functions: Mapping[str, Sequence[RewardFunction]], template: str | None
 ) -> None:
-    """What is kept must be JSON, and reach the functions; the template must be one."""
+    """What is kept must be JSON, reach the functions, and have answers in it; the template must be one."""
     from gvpo.rewards.calling import check_signatures
     from gvpo.sources.dataset import column_names
     from gvpo.training.data_checks import check_answers, check_columns

@@ -96,7 +96,7 @@ def prepare(
 
     find_template(template)
     _check_options(out, check_against, drop_overlap, min_share, report)
-    task_labels(task)
+    task_labels(task)  # refuses two of one name
     _check_targets({"--out": out, "--report": report}, [*task, *(check_against or [])], data_dir)
     problems = [problem for name in task for problem in load_problems(name, data_dir=data_dir, limit=limit)]
     kept = problems

@@ -99,15 +99,14 @@ def _same(answer: Answer, accepted: Answer) -> bool:
     if kinds == ("matrix", "matrix") or (kinds[0] in _ORDERED and kinds[1] in _ORDERED):
         return _brackets_fit(answer, accepted) and _in_order(answer.items, accepted.items)
     if answer.kind == "list" and _is_tuple(accepted):  # x = 1, y = 2 for the point (1, 2)
-        return _in_order(_in_order_of_names(_named(answer)) or answer.items, accepted.items)
-    if answer.kind in ("list", "tuple", "interval") and (names := _named(accepted)) and not _named(answer):
-        return _in_order(answer.items, _in_order_of_names(names) if _is_tuple(answer) else list(names.values()))
+        return _in_order(_in_order_of_names(given) or answer.items, accepted.items)
+    if answer.kind in ("list", "tuple", "interval") and asked and not given:
+        return _in_order(answer.items, _in_order_of_names(asked) if _is_tuple(answer) else list(asked.values()))
     if "set" in kinds and set(kinds) <= {"set", "list", "leaf"}:
         return _as_sets(_parts(answer), _parts(accepted))
     if accepted.kind == "list" and answer.kind in ("list", "tuple", "leaf", "interval"):
-        return _any_order(answer.items if _is_tuple(answer) else _parts(answer), accepted.items) or _by_algebra(
-            answer, accepted
-        )
+        values = answer.items if _is_tuple(answer) else _parts(answer)
+        return _any_order(values, accepted.items) or _by_algebra(answer, accepted)
     return _by_algebra(answer, accepted) if {"list", "set", "leaf"} & set(kinds) else False
 
 

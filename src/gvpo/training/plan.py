@@ -73,11 +73,12 @@ def plan_run(
         files.look()
     brought = rows if files is None else itertools.chain(rows, files.rows())
     check_rewards(brought, eval_rows, functions, config.reward_weights)
-    columns = column_names([*rows, *eval_rows])
+    own = [*rows, *eval_rows]
+    columns = column_names(own)
     check_signatures(functions, columns)
-    check_answers([*rows, *eval_rows], functions)
+    check_answers(own, functions)
     if config.output_dir is not None or mixture.replay is not None:
-        check_columns([*rows, *eval_rows])
+        check_columns(own)
     if rows:
         _check_members(config, rows, mixture)
     check_demonstrations(rows, mixture.demonstrations, functions)

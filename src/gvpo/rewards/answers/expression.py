@@ -226,12 +226,12 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     sympy.Mul: lambda *values: mp.fprod(values),
     sympy.Pow: mp.power,
     sympy.Abs: abs,
+    sympy.factorial: _factorial,
     sympy.floor: _rounded(mp.floor, 1),
     sympy.ceiling: _rounded(mp.ceil, -1),
     sympy.log: lambda value, base=mp.e: mp.log(value) / mp.log(base),
     sympy.UnevaluatedExpr: lambda value: value,
 } | {getattr(sympy, name): _limited(getattr(mp, name)) for name in _SAME_NAME.split()}
-_FUNCTIONS[sympy.factorial] = _factorial
 
 
 def _close(one: Any, other: Any) -> bool:

@@ -67,14 +67,19 @@ _AND = r"\s*,?\s*(?:\\text\{\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])|\\(?:land
 _BOTH = rf"^\s*{_NAME}{_SIGN}([^,<>=]{{1,80}}?){_AND}\1\s*{_SIGN}([^,<>=]{{1,80}})$"
 
 
+LESS = {">": "<", r"\ge": r"\le"}
+"""The signs of x > 2 and x >= 2, and those of 2 < x and 2 <= x."""
+
+
 def _interval(match: re.Match[str]) -> str:
     """x > 2 and x < 3 as 2 < x < 3; as it is, where no number fulfils it and a union must be meant."""
-    name, *bounds = match.groups()
-    low = [(sign, bound) for sign, bound in (bounds[:2], bounds[2:]) if sign in (">", r"\ge")]
-    high = [(sign, bound) for sign, bound in (bounds[:2], bounds[2:]) if sign in ("<", r"\le")]
-    if len(low) != 1 or _is_less(high[0][1], low[0][1]):
+    name, sign, bound, other_sign, other = match.groups()
+    (low_sign, low), (high_sign, high) = (sign, bound), (other_sign, other)
+    if sign not in LESS:
+        (low_sign, low), (high_sign, high) = (high_sign, high), (low_sign, low)
+    if low_sign not in LESS or high_sign in LESS or _is_less(high, low):
         return match[0]
-    return f"{low[0][1]} {'<' if low[0][0] == '>' else chr(92) + 'le'} {name} {high[0][0]} {high[0][1]}"
+    return f"{low} {LESS[low_sign]} {name} {high_sign} {high}"
 
 
 def _is_less(one: str, other: str) -> bool:
@@ -90,10 +95,30 @@ def _mixed_number(match: re.Match[str]) -> str:
     return rf"{whole}\frac{{{top}}}{{{bottom}}}" if int(top) < int(bottom) else match[0]
 
 
+# Equations one below the other; with an & there are conditions beside them.
+_CASES = r"\\begin\{cases\}([^&]*?)\\end\{cases\}"
+
+
+def _listed(match: re.Match[str]) -> str:
+    return match[1].replace(r"\\", ", ")
+
+
+_REPEATING = (
+    r"(?<![\d.,])(\d{1,3}(?:,\d{3}){1,9}|\d{0,30})\.(\d{0,30})"
+    r"\\(?:overline|bar)\s*(?:\{\s*(\d{1,30})\s*\}|(\d))(?!\d)"
+)
+
+
+def _repeating_decimal(match: re.Match[str]) -> str:
+    start, period = match[1].replace(",", "") + match[2], match[3] or match[4]
+    return rf"\frac{{{int(start + period) - int(start or 0)}}}{{{(10 ** len(period) - 1) * 10 ** len(match[2])}}}"
+
+
 # In this order. Each is linear in the text's length.
 _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
+        (_CASES, _listed),
         (r"\\(?:boxed|fbox)\s*(?=\{)", ""),
         (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|text|pi|left|right|cdot|times)(?![a-z]))", r"\\"),
         (r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
@@ -143,6 +168,7 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"(?<![\d.])(?<!\d )(\d{1,30}) ([1-9]\d{0,29})/(\d{1,30})(?![\d.])", _mixed_number),
         (r"(?<=\d) (?=\d{3}(?!\d))", ""),
         (r"\s+", " "),
+        (_REPEATING, _repeating_decimal),
     ]
 ]
 
@@ -160,10 +186,8 @@ def plain_latex(text: str) -> str:
         text = _scripts(_scripts(text, _SUPERSCRIPTS, "^"), _SUBSCRIPTS, "_")
         text = re.sub(r"[\u00bc-\u00be\u2150-\u215e]", _vulgar_fraction, text)
         text = unicodedata.normalize("NFKC", text)
-    text = _CASES.sub(lambda match: re.sub(r"\\\\", ", ", match[1]), text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _REPEATING.sub(_repeating_decimal, text)
     for command, arguments, single in _ARGUMENTS:
         text = _with_braces(text, command, arguments, single)
     return trimmed(text)
@@ -198,18 +222,6 @@ def compact(text: str) -> str:
 def _scripts(text: str, characters: dict[str, str], mark: str) -> str:
     runs = re.compile(f"[{''.join(characters)}]+")
     return runs.sub(lambda run: f"{mark}{{{''.join(characters[character] for character in run[0])}}}", text)
-
-
-# Equations one below the other; with an & there are conditions beside them.
-_CASES = re.compile(r"\\begin\{cases\}([^&]*?)\\end\{cases\}")
-_REPEATING = re.compile(
-    r"(?<![\d.,])(\d{1,3}(?:,\d{3}){1,9}|\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s*(?:\{\s*(\d{1,30})\s*\}|(\d))(?!\d)"
-)
-
-
-def _repeating_decimal(match: re.Match[str]) -> str:
-    start, period = match[1].replace(",", "") + match[2], match[3] or match[4]
-    return rf"\frac{{{int(start + period) - int(start or 0)}}}{{{(10 ** len(period) - 1) * 10 ** len(match[2])}}}"
 
 
 def _vulgar_fraction(match: re.Match[str]) -> str:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Literal
 
-from gvpo.rewards.answers.latex import LONGEST, closing, compact, pieces, plain_latex, split, trimmed
+from gvpo.rewards.answers.latex import LESS, LONGEST, closing, compact, pieces, plain_latex, split, trimmed
 
 DEEPEST = 6
 
@@ -56,7 +56,6 @@ _LABEL = re.compile(
 )
 _THOUSANDS = re.compile(r"(?:[^,;\d]|(?<!\d)(?:\d{1,3}(?:,\d{3})+|\d+)(?![\d,]))+")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?")
-_LESS = {">": "<", r"\ge": r"\le"}
 _TRANSPOSED = re.compile(r"\^\s*(?:T|\{\s*T\s*\}|\\top|\{\s*\\top\s*\})$")
 
 
@@ -139,13 +138,13 @@ def _equation(text: str, depth: int) -> Answer | None:
 def _inequality(text: str, depth: int) -> Answer | None:
     found = [piece.strip() for piece in pieces(text, r"<|>|\\[lg]e(?![a-z])")]
     sides, signs = found[::2], found[1::2]
-    if all(sign in _LESS for sign in signs):
-        sides, signs = sides[::-1], [_LESS[sign] for sign in signs[::-1]]
+    if all(sign in LESS for sign in signs):
+        sides, signs = sides[::-1], [LESS[sign] for sign in signs[::-1]]
     if len(sides) == 2 and _LABEL.fullmatch(sides[0]):
         sides, signs = [r"-\infty", *sides], ["<", *signs]
     elif len(sides) == 2:
         sides, signs = [*sides, r"\infty"], [*signs, "<"]
-    if len(sides) != 3 or not _LABEL.fullmatch(sides[1]) or any(sign in _LESS for sign in signs):
+    if len(sides) != 3 or not _LABEL.fullmatch(sides[1]) or any(sign in LESS for sign in signs):
         return None
     brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
     return Answer("interval", text, (_read(sides[0], depth), _read(sides[2], depth)), brackets, compact(sides[1]))
